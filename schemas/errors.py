@@ -1,4 +1,6 @@
-"""The errors users meet, as a tree::
+"""The errors users meet, as a tree.
+
+::
 
     GigacamError
     ├── SpecError         the request is wrong; nothing was computed (exit 2)
