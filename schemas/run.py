@@ -1,0 +1,291 @@
+"""A run: what is asked (hashed), where it runs (never hashed), and what came of it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from schemas.explanation import CamSpec, CellGeometry, Precision
+from schemas.frozen import Frozen, digest
+from schemas.geometry import Box
+from schemas.grid import GridSpec, Lattice
+from schemas.heatmap import ChannelInfo, HeatmapGrid, HeatmapSpec
+from schemas.image import ImageMeta, ReadOptions
+
+ALGORITHM_VERSION = 1
+"""Raised whenever the same request would give other numbers."""
+
+ImageStatus = Literal["complete", "gaps", "failed", "duplicate", "interrupted"]
+
+
+class TilesSpec(Frozen):
+    """All that decides a tile map; its digest is `tiles_id`."""
+
+    identity: str
+    read: ReadOptions
+    spacing: tuple[float, ...]
+    """Physical size of a level-0 px that was used, array order (um or mm)."""
+    card: dict[str, Any]
+    """The resolved model card: weights by digest, no path."""
+    cam: CamSpec
+    grid: GridSpec
+    unit: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    algorithm: int = ALGORITHM_VERSION
+
+    @property
+    def tiles_id(self) -> str:
+        return digest(self)
+
+    def run_id(self, heatmap: HeatmapSpec) -> str:
+        """Digest of this and of how the tile maps are stitched."""
+        return digest({"tiles_id": self.tiles_id, "heatmap": heatmap.model_dump(mode="json")})
+
+
+class MapGrid(Frozen):
+    """One method's grid of CAM cells a tile, in model px and in level-0 px (array order)."""
+
+    shape: tuple[int, ...]
+    cell_px: tuple[float, ...]
+    first_centre_px: tuple[float, ...]
+    cell_l0: tuple[float, ...]
+    first_centre_l0: tuple[float, ...]
+    """From the tile's own start; pixel `i` spans `[i, i + 1)`."""
+    source: Literal["receptive_field", "grid"]
+
+    @classmethod
+    def of(cls, cells: CellGeometry, tile_l0: tuple[int, ...], tile_px: tuple[int, ...]) -> MapGrid:
+        """`cells` carried from model px to level-0 px of a tile."""
+        scale = tuple(a / b for a, b in zip(tile_l0, tile_px, strict=True))
+        return cls(
+            shape=cells.shape,
+            cell_px=cells.cell_px,
+            first_centre_px=cells.first_centre_px,
+            cell_l0=tuple(c * s for c, s in zip(cells.cell_px, scale, strict=True)),
+            first_centre_l0=tuple(c * s for c, s in zip(cells.first_centre_px, scale, strict=True)),
+            source=cells.source,
+        )
+
+
+class TilesInfo(Frozen):
+    """`attrs.gigacam` of `tiles.zarr`: all a worker needs to compute a unit, and a stitcher to place it."""
+
+    tiles_id: str
+    spec: TilesSpec
+    image: ImageMeta
+    lattice: Lattice
+    grids: dict[str, MapGrid]
+    classes: tuple[str, ...]
+    """Name of each score, in the network's order."""
+    planned: int
+    """Tiles to compute; the rows after them were left out by choice."""
+    tiles: int
+    units: int
+    versions: dict[str, str]
+
+
+class HeatmapInfo(Frozen):
+    """`attrs.gigacam` of `heatmap.ome.zarr`."""
+
+    run_id: str
+    tiles_id: str
+    spec: HeatmapSpec
+    grid: HeatmapGrid
+    channels: tuple[ChannelInfo, ...]
+    spacing: tuple[float, ...]
+    """Physical size of a level-0 px, array order."""
+    spacing_unit: Literal["um", "mm"]
+    complete: bool = False
+    value_range: tuple[tuple[float, float], ...] = ()
+    """Smallest and largest raw value of each channel, once complete."""
+    display: tuple[tuple[float, float], ...] = ()
+    """Display window of each channel: a view, the stored values stay raw."""
+
+
+class UnitTask(Frozen):
+    """Compute one unit of tiles."""
+
+    unit: int
+
+    @property
+    def key(self) -> str:
+        return f"unit {self.unit}"
+
+
+class BlockTask(Frozen):
+    """Write one block (shard) of one level."""
+
+    level: int
+    block: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return f"level {self.level} block {','.join(map(str, self.block))}"
+
+
+class TileFailure(Frozen):
+    """A tile that has no map, where it lies, and why."""
+
+    tile: int
+    box: Box
+    reason: str
+
+
+class Report(Frozen):
+    """What a worker says of one task: small numbers, never arrays."""
+
+    stage: str
+    key: str
+    task: UnitTask | BlockTask | None = None
+    done: int = 0
+    """Tiles computed."""
+    failed: int = 0
+    """Tiles that have no map."""
+    seconds: float = 0.0
+    seconds_by: dict[str, float] = Field(default_factory=dict)
+    """Seconds of parts of the work: decode, forward, write..."""
+    bytes_written: int = 0
+    error: str = ""
+    """Why the pool gave the task up; empty when it was done."""
+    attempts: int = 1
+    worker: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class PoolSettings(Frozen):
+    """Where work runs; never hashed."""
+
+    kind: Literal["auto", "serial", "ray"] = "auto"
+    address: str = ""
+    """Ray address; empty starts a local Ray."""
+    workers: int | None = Field(default=None, ge=1)
+    """Actors; None: one a GPU where Ray offers any, else one a CPU."""
+    threads: int | None = Field(default=None, ge=1)
+    """torch threads of a worker; None: 1 for a CPU actor, all cores in serial."""
+    images_in_flight: int = Field(default=2, ge=1)
+
+
+class Counts(Frozen):
+    """Tiles of an image by state."""
+
+    planned: int
+    done: int
+    failed: int
+    left_out: int
+
+
+class Prediction(Frozen):
+    """Tile scores over an image, by class: the mean, and the highest with its tile."""
+
+    target: str
+    mean: float
+    highest: float
+    highest_box: Box
+
+
+class ImageReport(Frozen):
+    """`report.json` of one image."""
+
+    image: str
+    """The URI as asked."""
+    image_id: str = ""
+    status: ImageStatus
+    error: str = ""
+    output: str = ""
+    counts: Counts | None = None
+    failures: tuple[TileFailure, ...] = ()
+    failed_tasks: tuple[str, ...] = ()
+    """Units and blocks the pool gave up, each with the reason."""
+    prediction: tuple[Prediction, ...] = ()
+    channels: tuple[ChannelInfo, ...] = ()
+    value_range: tuple[tuple[float, float], ...] = ()
+    display: tuple[tuple[float, float], ...] = ()
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Wall seconds a stage, and summed worker seconds a part."""
+    notes: tuple[str, ...] = ()
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+class RunReport(Frozen):
+    """`run.json`: the batch."""
+
+    images: tuple[ImageReport, ...]
+    pool: str
+    seconds: float
+    versions: dict[str, str]
+
+    @property
+    def exit_code(self) -> int:
+        """0 when every image is complete (a duplicate is no failure), else 1; 130 when interrupted."""
+        if any(r.status == "interrupted" for r in self.images):
+            return 130
+        return int(any(r.status not in ("complete", "duplicate") for r in self.images))
+
+
+class ExplainRequest(Frozen):
+    """The main job, as asked on the command line or by a schedule."""
+
+    images: tuple[str, ...] = Field(min_length=1)
+    model: str
+    out: str
+    methods: tuple[str, ...] = ("gradcam",)
+    targets: tuple[str, ...] = ()
+    layer: str = ""
+    cell_centres: Literal["receptive_field", "grid"] = "receptive_field"
+    precision: Precision = "fp32"
+    read: ReadOptions = ReadOptions()
+    tile: tuple[int, ...] | None = None
+    overlap: float = Field(default=0.0, ge=0, lt=1)
+    edge: Literal["shift", "pad"] = "shift"
+    tissue: Literal["auto", "none"] = "auto"
+    region: str = ""
+    """GeoJSON file of level-0 polygons: only tiles that meet one are computed."""
+    mask: str = ""
+    """Image file whose non-zero pixels replace the tissue mask; it spans the whole slide."""
+    batch: int = Field(default=32, ge=1)
+    unit: int | None = Field(default=None, ge=1)
+    """Tiles a task; None: 256 for slides, 8 for volumes."""
+    heatmap: HeatmapSpec = HeatmapSpec()
+    allow_upsampling: bool = False
+    fresh: bool = False
+    retry_failed: bool = False
+    strict: bool = False
+    image_id: Literal["stem", "hash"] = "stem"
+
+
+class PlanSummary(Frozen):
+    """What `plan` prints: cost before any tile is computed."""
+
+    image: str
+    image_id: str
+    kind: str
+    shape_l0: tuple[int, ...]
+    spacing: tuple[float, ...]
+    spacing_unit: str
+    spacing_source: str
+    level: int
+    tile_l0: tuple[int, ...]
+    stride_l0: tuple[int, ...]
+    size_error: float
+    tissue_fraction: float
+    tissue_method: str
+    tiles: int
+    left_out: int
+    units: int
+    batches: int
+    blocks: int
+    heatmap_shape: tuple[int, ...]
+    heatmap_downsample: tuple[int, ...]
+    channels: tuple[str, ...]
+    tiles_bytes: int
+    heatmap_bytes: int
+    """Uncompressed, all levels."""
+    disk_free_bytes: int
+    peak_memory_bytes: int
+    """Estimated, for one worker."""
+    seconds: float | None
+    """From the last measured rate of this card on this device; None: unknown."""
+    defaults: dict[str, str]
+    """Every setting that was not given, and the value used."""
+    notes: tuple[str, ...] = ()
