@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field
 
 from schemas.frozen import Frozen
-from schemas.geometry import Box
 
 
 class TissueSpec(Frozen):
@@ -37,8 +36,11 @@ class GridSpec(Frozen):
     edge: Literal["shift", "pad"] = "shift"
     """The last tile of an axis is moved inward, or reaches past the image."""
     tissue: TissueSpec = TissueSpec()
-    region_l0: tuple[Box, ...] = ()
-    """Only tiles that meet one of these are computed; the other tissue tiles are left out by choice."""
+    region_l0: tuple[tuple[tuple[float, float], ...], ...] = ()
+    """Slides: polygons of level-0 `(y, x)` points. Only tiles that meet one are computed; the other tissue
+    tiles are left out by choice."""
+    mask_sha256: str = ""
+    """Digest of the mask given in place of the tissue mask; empty when none was."""
 
 
 class Lattice(Frozen):
