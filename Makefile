@@ -1,0 +1,49 @@
+# make demo   a synthetic slide and volume, explained end to end (into demo/)
+# make test   the default test suite
+# make lint   ruff, formatting, types
+# Each works on a fresh clone with Python 3.11 to 3.13, pip and make; PYTHON=... picks another interpreter.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+BIN := .venv/bin
+STAMP := .venv/installed
+PIP_FLAGS ?= --quiet
+PYTEST_FLAGS ?=
+
+# Linux's default torch wheel brings several GB of CUDA: a machine without an NVIDIA driver asks for the CPU build first.
+# TORCH_INDEX= (empty) takes whatever the default index offers.
+TORCH_INDEX ?= $(if $(or $(filter-out Linux,$(shell uname -s)),$(shell command -v nvidia-smi)),,https://download.pytorch.org/whl/cpu)
+
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint install clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/gigacam demo --out demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy flows workers schemas
+	$(BIN)/mypy --check-untyped-defs tests
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml deploy/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "gigacam needs Python 3.11 to 3.13; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	    "Name another: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@echo "installing into .venv with $$($(PYTHON) --version) (about 2 GB on disk, some minutes)"
+	$(PYTHON) -m venv --clear .venv
+	$(if $(TORCH_INDEX),-$(BIN)/pip install $(PIP_FLAGS) --retries 1 --timeout 15 --no-deps -c deploy/constraints.txt --extra-index-url $(TORCH_INDEX) torch)
+	$(BIN)/pip install $(PIP_FLAGS) -c deploy/constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build dist
