@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from schemas.explanation import CellGeometry
 from schemas.frozen import Frozen
 from schemas.image import Kind
 
@@ -155,3 +156,18 @@ class ModelCard(Frozen):
     output: OutputSpec
     cam: CamLayer
     bag: BagSpec | None = None
+
+
+class ModelFacts(Frozen):
+    """What a loaded model turned out to be, as far as planning needs it."""
+
+    card: dict[str, Any]
+    """The resolved card: weights by digest, no path."""
+    classes: tuple[str, ...]
+    """Name of each score; `output 3` where the card names none."""
+    targets: tuple[str, ...]
+    """Resolved: no index, no `all`."""
+    layer: str
+    tile: tuple[int, ...]
+    cells: CellGeometry
+    weights_bytes: int

@@ -1,0 +1,246 @@
+"""One unit of tiles: pixels in, raw maps and scores out, to the store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from schemas.errors import ModelError, SourceError
+from schemas.frozen import Frozen, digest
+from schemas.geometry import Box
+from schemas.run import Report, TilesInfo, UnitTask
+from workers.cam.methods import explain
+from workers.models.adapter import ModelAdapter
+from workers.models.card import load_card, resolved
+from workers.models.load import load_model
+from workers.pool import Task
+from workers.readers import open_image
+from workers.readers.reader import Reader
+from workers.store.tiles import TilesStore
+
+BATCHES_AHEAD = 2
+"""Mini-batches decoded while the device computes."""
+
+
+class ExplainInit(Frozen):
+    """What an `Explainer` needs: where the ledger, the source and the model are, and how to run."""
+
+    tiles: str
+    """Path of `tiles.zarr`, which holds the specification."""
+    model: str
+    """Path of the model card."""
+    threads: int = 1
+    """torch threads on a CPU."""
+    decode_threads: int = 1
+    device: str = "auto"
+
+
+@lru_cache(maxsize=2)
+def _model(card_path: str, card_digest: str, layer: str, device: str) -> ModelAdapter:
+    """Load once a process, whichever image comes next; the digest is part of the key."""
+    loaded = load_card(card_path)
+    found = digest(resolved(loaded))
+    if found != card_digest:
+        msg = (
+            f"{card_path}: the card or its weights changed since the run was planned "
+            f"(digest {found[:12]}, expected {card_digest[:12]}); restore it, or explain again with --fresh"
+        )
+        raise ModelError(msg)
+    return load_model(loaded, device=device, layer=layer)
+
+
+def pick_device(asked: str) -> str:
+    """`auto` is CUDA where this process sees a device, else the CPU."""
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Explainer:
+    """Computes units of one image; kept from task to task."""
+
+    def __init__(self, init: ExplainInit) -> None:
+        torch.set_num_threads(init.threads)
+        self.store = TilesStore.open(init.tiles, mode="r+")
+        self.info: TilesInfo = self.store.info
+        self.device = pick_device(init.device)
+        spec = self.info.spec
+        self.model = _model(init.model, digest(spec.card), spec.cam.layer, self.device)
+        self._readers = _ReaderPerThread(self.info)
+        self._decoders = ThreadPoolExecutor(init.decode_threads, thread_name_prefix="decode")
+        self._readers.check()
+
+    def run(self, task: Task) -> Report:
+        """Compute every tile of the unit and write its chunks; a tile that cannot be read is recorded."""
+        if not isinstance(task, UnitTask):
+            msg = f"an explainer computes units; found {task!r}"
+            raise TypeError(msg)
+        began = time.perf_counter()
+        rows = self.store.unit_rows(task.unit)
+        boxes = self.store.boxes(rows)
+        errors: dict[int, str] = {}
+        notes: list[str] = []
+        parts = {"decode": 0.0, "compute": 0.0}
+        scores: list[NDArray[np.float32]] = []
+        index: list[NDArray[np.int32]] = []
+        maps: dict[str, list[NDArray[np.float32]]] = {m: [] for m in self.info.spec.cam.methods}
+        for first, pixels, bad in self._batches(boxes, parts):
+            errors.update({first + i: reason for i, reason in bad.items()})
+            clock = time.perf_counter()
+            out = self._explain(pixels, notes)
+            parts["compute"] += time.perf_counter() - clock
+            scores.append(out[0])
+            index.append(out[1])
+            for name, values in out[2].items():
+                maps[name].append(values)
+        stacked = {name: np.concatenate(values) for name, values in maps.items()}
+        all_scores, all_index = np.concatenate(scores), np.concatenate(index)
+        for row in _not_finite(all_scores, stacked):
+            errors.setdefault(int(row), "the network gave values that are not finite")
+        for row in errors:
+            all_scores[row] = np.nan
+            for values in stacked.values():
+                values[row] = np.nan
+        clock = time.perf_counter()
+        written = self.store.write_unit(task.unit, all_scores, all_index, stacked, errors)
+        parts["write"] = time.perf_counter() - clock
+        return Report(
+            stage="explain",
+            key=task.key,
+            task=task,
+            done=len(boxes) - len(errors),
+            failed=len(errors),
+            seconds=time.perf_counter() - began,
+            seconds_by=parts,
+            bytes_written=written,
+            notes=tuple(dict.fromkeys(notes)),
+        )
+
+    def _batches(
+        self, boxes: NDArray[np.int64], parts: dict[str, float]
+    ) -> Iterator[tuple[int, NDArray[Any], dict[int, str]]]:
+        """Decoded mini-batches `(first row, pixels (B, C, *S), failures)`, a few ahead of the device."""
+        size = self.info.spec.batch
+        firsts = iter(range(0, len(boxes), size))
+        ahead: deque[tuple[int, list[Future[NDArray[Any]]]]] = deque()
+
+        def submit() -> None:
+            first = next(firsts, None)
+            if first is not None:
+                batch = boxes[first : first + size]
+                ahead.append((first, [self._decoders.submit(self._readers.read, box) for box in batch]))
+
+        for _ in range(1 + BATCHES_AHEAD):
+            submit()
+        while ahead:
+            first, futures = ahead.popleft()
+            clock = time.perf_counter()
+            pixels, bad = _gather(futures, self.info)
+            parts["decode"] += time.perf_counter() - clock
+            submit()
+            yield first, pixels, bad
+
+    def _explain(
+        self, pixels: NDArray[Any], notes: list[str]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32], dict[str, NDArray[np.float32]]]:
+        """Explain a mini-batch; on out-of-memory, in halves, which is noted since it changes the bits."""
+        cam = self.info.spec.cam
+        try:
+            x = self.model.prepare(pixels)
+            out = explain(self.model.net, x, self.model.targets(cam.targets), cam.methods)
+        except torch.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+            torch.cuda.empty_cache()
+            half = -(-len(pixels) // 2)
+            notes.append(f"out of device memory at batch {len(pixels)}: computed in halves")
+            a, b = self._explain(pixels[:half], notes), self._explain(pixels[half:], notes)
+            joined = {m: np.concatenate([a[2][m], b[2][m]]) for m in a[2]}
+            return np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]]), joined
+        notes.extend(out.flags)
+        return (
+            out.scores.float().cpu().numpy(),
+            out.target_index.to(torch.int32).cpu().numpy(),
+            {name: values.float().cpu().numpy() for name, values in out.maps.items()},
+        )
+
+    def close(self) -> None:
+        """Stop the decode threads and close their handles."""
+        self._decoders.shutdown(wait=True, cancel_futures=True)
+        self._readers.close()
+
+
+class _ReaderPerThread:
+    """One handle a decode thread: a handle is not shared, and errors of one do not reach another."""
+
+    def __init__(self, info: TilesInfo) -> None:
+        self._info = info
+        self._local = threading.local()
+        self._open: list[Reader] = []
+        self._lock = threading.Lock()
+
+    def _reader(self) -> Reader:
+        reader: Reader | None = getattr(self._local, "reader", None)
+        if reader is None:
+            reader = open_image(self._info.image.uri, self._info.spec.read)
+            self._local.reader = reader
+            with self._lock:
+                self._open.append(reader)
+        return reader
+
+    def check(self) -> None:
+        """The source must still be the one that was planned."""
+        found = self._reader().meta.identity
+        if found != self._info.image.identity:
+            msg = (
+                f"{self._info.image.uri}: the file changed since the run was planned (identity {found[:12]}, "
+                f"expected {self._info.image.identity[:12]}); restore it, or explain again with --fresh"
+            )
+            raise SourceError(msg)
+
+    def read(self, box: NDArray[np.int64]) -> NDArray[Any]:
+        lattice = self._info.lattice
+        box_l0 = Box(frame="l0", start=tuple(box[0].tolist()), stop=tuple(box[1].tolist()))
+        pixels, _ = self._reader().read(box_l0, lattice.tile_px, lattice.level)
+        return pixels
+
+    def close(self) -> None:
+        for reader in self._open:
+            reader.close()
+
+
+def _gather(
+    futures: list[Future[NDArray[Any]]], info: TilesInfo
+) -> tuple[NDArray[Any], dict[int, str]]:
+    """Stack what was read; a tile that could not be keeps its slot as zeros, since a batch's shape
+    changes the bits of its neighbours."""
+    tiles: list[NDArray[Any] | None] = []
+    bad: dict[int, str] = {}
+    for i, future in enumerate(futures):
+        try:
+            tiles.append(future.result())
+        except (SourceError, OSError) as error:
+            tiles.append(None)
+            bad[i] = str(error)
+    like = next((t for t in tiles if t is not None), None)
+    shape = like.shape if like is not None else (info.image.channels, *info.lattice.tile_px)
+    dtype = like.dtype if like is not None else np.dtype(np.float32)
+    return np.stack([np.zeros(shape, dtype) if t is None else t for t in tiles]), bad
+
+
+def _not_finite(
+    scores: NDArray[np.float32], maps: dict[str, NDArray[np.float32]]
+) -> NDArray[np.int64]:
+    finite = np.isfinite(scores).all(axis=1)
+    for values in maps.values():
+        finite &= np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    return np.flatnonzero(~finite).astype(np.int64)

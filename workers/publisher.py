@@ -1,0 +1,60 @@
+"""The last step of an image: ranges and display windows, predictions, the written report."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from schemas.frozen import Frozen
+from schemas.geometry import Box
+from schemas.run import ImageReport, Prediction, RunReport
+from workers.store.heatmap import HeatmapStore
+from workers.store.statistics import channel_statistics
+from workers.store.tiles import TilesStore
+
+
+def publish_heatmap(heatmap: HeatmapStore) -> None:
+    """Write each channel's raw range and display window, and mark the heatmap complete."""
+    stats = channel_statistics(heatmap.as_dask(), [c.signed for c in heatmap.info.channels])
+    heatmap.publish(value_range=stats.value_range, display=stats.display)
+
+
+def predictions(tiles: TilesStore) -> tuple[Prediction, ...]:
+    """Mean and highest score of each class over the tiles that were computed."""
+    scores = tiles.scores()
+    done = np.flatnonzero(tiles.done_rows())
+    if not len(done):
+        return ()
+    best = done[np.argmax(scores[done], axis=0)]
+    boxes = tiles.boxes(best)
+    return tuple(
+        Prediction(
+            target=name,
+            mean=float(np.mean(scores[done, i], dtype=np.float64)),
+            highest=float(scores[best[i], i]),
+            highest_box=Box(frame="l0", start=tuple(boxes[i, 0].tolist()), stop=tuple(boxes[i, 1].tolist())),
+        )
+        for i, name in enumerate(tiles.info.classes)
+    )
+
+
+def write_json(path: Path, value: Frozen) -> None:
+    """Write `value` so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as handle:
+        handle.write(value.model_dump_json(indent=2) + "\n")
+    os.chmod(handle.name, 0o644)
+    os.replace(handle.name, path)
+
+
+def write_image_report(folder: Path, report: ImageReport) -> None:
+    """`report.json` beside the heatmap."""
+    write_json(folder / "report.json", report)
+
+
+def write_run_report(out: Path, report: RunReport) -> None:
+    """`run.json`, the batch."""
+    write_json(out / "run.json", report)
