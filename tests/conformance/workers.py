@@ -1,0 +1,101 @@
+"""Workers of the pool tests: importable, so that another process can find them by name."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from schemas.errors import ModelError, SourceError
+from schemas.frozen import Frozen
+from schemas.run import Report, UnitTask
+from workers.pool import Task
+
+
+class Init(Frozen):
+    """What a test worker is told; `folder` is where it leaves marks that outlive its process."""
+
+    folder: str
+    sleep: float = 0.0
+    name: str = ""
+    poison: int = -1
+    """Unit that fails."""
+    times: int = 10**6
+    """How many times it fails."""
+
+
+class Counting:
+    """Does nothing but count: one mark file an init, one a call."""
+
+    def __init__(self, init: Init) -> None:
+        self.init = init
+        self.mark(f"init{init.name}")
+
+    def mark(self, name: str) -> int:
+        """Append to a mark file (atomic for such short writes); the number of marks so far."""
+        path = Path(self.init.folder) / name
+        with path.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return len(path.read_text().splitlines())
+
+    def run(self, task: Task) -> Report:
+        time.sleep(self.init.sleep)
+        assert isinstance(task, UnitTask)
+        if task.unit == self.init.poison and self.mark("failed") <= self.init.times:
+            self.fail()
+        self.mark(f"unit{task.unit}")
+        return Report(stage="count", key=task.key, done=task.unit**2)
+
+    def fail(self) -> None:
+        raise ValueError("unexpected")
+
+    def close(self) -> None:
+        self.mark(f"close{self.init.name}")
+
+
+class RaisesOurs(Counting):
+    def fail(self) -> None:
+        raise SourceError("slide.svs: damaged at level 2")
+
+
+class RaisesOSError(Counting):
+    def fail(self) -> None:
+        raise OSError(5, "Input/output error")
+
+
+class LosesDevice(Counting):
+    def fail(self) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+class Dies(Counting):
+    def fail(self) -> None:
+        os._exit(7)
+
+
+class Hangs(Counting):
+    def fail(self) -> None:
+        time.sleep(3600)
+
+
+class CannotBeMade(Counting):
+    def __init__(self, init: Init) -> None:
+        super().__init__(init)
+        raise ModelError("model.toml: no layer 'layer9'; layers are layer1, layer2")
+
+
+class DiesWhenMade(Counting):
+    def __init__(self, init: Init) -> None:
+        super().__init__(init)
+        os._exit(7)
+
+
+class Unpicklable(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class CannotBeMadeOddly(Counting):
+    def __init__(self, init: Init) -> None:
+        super().__init__(init)
+        raise Unpicklable(1, 2)
