@@ -131,8 +131,8 @@ def write_phantom(
     affine = np.diag([*step, 1.0])
     affine[:3, 3] = -step * (np.array(shape[::-1]) - 1) / 2
     for where, array in ((path, phantom.values), (truth_path, phantom.truth)):
-        image = nib.nifti1.Nifti1Image(array.transpose(2, 1, 0), affine)
-        image.header.set_xyzt_units("mm")
+        image = nib.nifti1.Nifti1Image(array.transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
+        image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
         nib.save(image, where)
     return phantom
 
@@ -173,19 +173,27 @@ def training_crops(
 
 def rasterise(lesion: Lesion, spacing_mm: Mm) -> Stamp:
     """Put a pair of twins on voxels, with partial volume from `_SUBVOXELS`^3 samples a voxel."""
-    spacing = np.array(spacing_mm)
-    half = np.ceil(max(lesion.axes_mm) / spacing).astype(int) + 2
-    shape = tuple(int(side) for side in 2 * half + 1)
-    offsets = [
-        ((np.arange(side * _SUBVOXELS) + 0.5) / _SUBVOXELS - side / 2) * step
-        for side, step in zip(shape, spacing, strict=True)
-    ]
-    place = np.stack(np.meshgrid(*offsets, indexing="ij"), axis=-1) @ lesion.rotation.T
-    axes = np.array(lesion.axes_mm)
-    inside = np.square(place / axes).sum(-1) <= 1.0
-    hollow = np.square(place / (axes - lesion.shell_mm)).sum(-1) > 1.0
-    unit = place / axes
-    towards_gap = unit @ np.array(lesion.gap) / np.maximum(np.linalg.norm(unit, axis=-1), 1e-9)
+    spacing, axes = np.array(spacing_mm), np.array(lesion.axes_mm)
+    reach = np.sqrt(np.square(axes[:, None] * lesion.rotation).sum(axis=0))  # of the rotated ellipsoid
+    shape = tuple(int(side) for side in 2 * (np.ceil(reach / spacing).astype(int) + 2) + 1)
+    z, y, x = np.meshgrid(
+        *(
+            ((np.arange(side * _SUBVOXELS) + 0.5) / _SUBVOXELS - side / 2) * step
+            for side, step in zip(shape, spacing, strict=True)
+        ),
+        indexing="ij",
+        sparse=True,
+    )
+    # own axes, scaled so that the ellipsoid is the unit sphere
+    sphere = [(row[0] * z + row[1] * y + row[2] * x) for row in lesion.rotation / axes[:, None]]
+    squares = [np.square(part) for part in sphere]
+    distance2 = squares[0] + squares[1] + squares[2]
+    inside = distance2 <= 1.0
+    shrunk = np.square(axes / (axes - lesion.shell_mm))
+    hollow = shrunk[0] * squares[0] + shrunk[1] * squares[1] + shrunk[2] * squares[2] > 1.0
+    towards_gap = sum(g * part for g, part in zip(lesion.gap, sphere, strict=True)) / np.sqrt(
+        distance2 + 1e-12
+    )
     # a cap of the sphere around `gap` with this cosine has the share 1 - covered of its surface
     shell = inside & hollow & (towards_gap < 2.0 * lesion.covered - 1.0)
 
