@@ -107,3 +107,12 @@ def stem_of(name: str) -> str:
         head, dot, _ = name.rpartition(".")
         name = head if dot and head else name
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:64] or "image"
+
+
+class ImageRequest(Frozen):
+    """One image to open: what the listing of a folder, a glob or a CSV comes to."""
+
+    uri: str
+    options: ReadOptions = ReadOptions()
+    target: str = ""
+    """Class to explain in this image; empty: as the run says."""
