@@ -25,12 +25,15 @@ Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 _GLASS = 240.0  # assumed where a slide shows no glass
-_FLOOR, _CEILING = 0.028, 0.055  # saturation in optical density: above glass and its noise, below pale tissue
+_FLOOR, _CEILING = 0.03, 0.055  # saturation in optical density: above glass and its noise, below pale tissue
+_PALE = 0.02  # what adjoins tissue need only reach this
 _RELATIVE = 0.2  # of the strongest channel: below it an absorber is grey (dust, shadow, bar, line)
 _SMOOTH_UM = 8.0
 _INK_UM = 32.0  # ink is looked for at this scale: nuclei and folds average out, a stroke does not
-_INK_REACH_UM = 400.0  # about a pen's width: how far ink is followed from where it is unmistakable
+_INK_REACH_UM = 800.0  # about a pen's width: how far ink is followed from where it is unmistakable
 _INK_RIM_UM = 32.0
+_STROKE_UM = 150.0  # narrower than any pen
+_COLD = 0.05  # red over green density, beyond any haematoxylin
 _HU_BODY = -500.0  # midway between air and soft tissue
 _HU_AIR_SHARE = 0.005
 _VOLUME_CEILING = 0.15
@@ -223,10 +226,11 @@ def _stained(
         ndimage.gaussian_filter(channel, [max(0.7, _SMOOTH_UM / u) for u in um], output=channel)
     strongest = density.max(0)
     saturation = strongest - density.min(0)
-    ink |= density[0] - density[1] > _COLD_GROW
+    ink |= density[0] - density[1] > _COLD
     threshold = _between(saturation[~(padding | ink)])
-    mask = (saturation > threshold) & (saturation > _RELATIVE * strongest) & ~padding
-    mask = _clean(mask & ~ink, um, spec) & ~ink
+    coloured = (saturation > _PALE) & (saturation > _RELATIVE * strongest) & ~(padding | ink)
+    mask = ndimage.binary_propagation(coloured & (saturation > threshold), mask=coloured)
+    mask = _clean(mask, um, spec) & ~ink
     return _clean(mask, um, spec, holes=False), "saturation+otsu", threshold, tuple(notes)
 
 
@@ -252,40 +256,50 @@ def _density(rgb: Floats, glass: Floats) -> Floats:
     return np.maximum(density, 0, out=density)
 
 
-_COLD_SEED, _COLD_GROW = 0.06, 0.03
-
-
 def _ink(density: Floats, um: tuple[float, ...]) -> dict[str, Mask]:
     """Pen strokes by colour, in `(3, y, x)` optical densities averaged to about 32 um.
 
-    Haematoxylin, eosin and DAB all absorb green at least as much as red; green and blue inks
-    don't. Red ink leaves red light alone, more completely than eosin or blood. Black ink adds the
-    same density to every channel, over tissue too.
+    Each ink is sought where it is unmistakable, followed along its stroke, and then, within a pen's
+    width of that, taken to be what it tints. Haematoxylin, eosin and DAB absorb green at
+    least as much as red; green and blue inks don't. Red ink passes red light more completely than
+    eosin or blood do. Black ink is dark in every channel, as no section is at this scale.
     """
     red, green, blue = density
     strongest, least = density.max(0), density.min(0)
-    total = density.sum(0) + np.float32(1e-6)
     saturation = strongest - least
-    pairs = {
-        "green or blue": (red - green > _COLD_SEED, red - green > _COLD_GROW),
+    red_share = red / (density.sum(0) + np.float32(1e-6))
+    cold = red - green > _COLD
+    reddish = (blue > 0.5 * green) & (saturation > 0.1)
+    dark = (least > 0.55) & (red <= green) & (saturation < 0.45 * strongest)
+    inks = {
+        "green or blue": (cold, cold, red - 0.75 * green > 0.03),
         "red": (
-            (saturation > 0.4) & (red < 0.06 * total) & (blue > 0.28 * total),
-            (saturation > 0.1) & (red < 0.09 * total) & (blue > 0.28 * total),
+            _broad(
+                reddish & (saturation > 0.3) & (red_share < 0.03 + 0.05 * np.minimum(saturation, 0.8)), um
+            ),
+            reddish & (red_share < 0.065),
+            reddish & (red_share < 0.13) & (saturation > 0.22),
         ),
-        "black": (
-            (least > 0.5) & (saturation < 0.42 * strongest),
-            (least > 0.17) & (saturation < 0.47 * strongest),
-        ),
+        "black": (_broad(dark, um), dark, (least > 0.22) & (saturation < 0.45 * strongest)),
     }
+    rim = max(_INK_RIM_UM, 1.5 * max(um))
     found: dict[str, Mask] = {}
-    for name, (seed, grow) in pairs.items():
-        if not seed.any():
-            found[name] = seed
-            continue
-        near = ndimage.distance_transform_edt(~seed, sampling=um) <= _INK_REACH_UM
-        stroke = ndimage.binary_propagation(seed, mask=(grow & near) | seed)
-        found[name] = ndimage.distance_transform_edt(~stroke, sampling=um) <= _INK_RIM_UM
+    for name, (seed, along, tinted) in inks.items():
+        stroke = seed
+        if seed.any():
+            stroke = ndimage.binary_propagation(seed, mask=seed | along)
+            near = ndimage.distance_transform_edt(~stroke, sampling=um) <= _INK_REACH_UM
+            stroke = ndimage.binary_propagation(stroke, mask=stroke | (tinted & near))
+            stroke = ndimage.distance_transform_edt(~stroke, sampling=um) <= rim
+        found[name] = stroke
     return found
+
+
+def _broad(mask: Mask, um: tuple[float, ...]) -> Mask:
+    """What holds a square as wide as a pen stroke: no vessel, fold or nucleus."""
+    sides = [int(_STROKE_UM / u) | 1 for u in um]  # odd: an even square would shift
+    wide = np.ones((sides[0], sides[1]), bool)
+    return ndimage.binary_dilation(ndimage.binary_erosion(mask, wide, border_value=1), wide)
 
 
 def _between(saturation: Floats) -> float:
@@ -295,7 +309,7 @@ def _between(saturation: Floats) -> float:
     clipped = np.minimum(saturation, np.float32(0.3))
     if float(clipped.max()) - float(clipped.min()) < 1e-6:
         return _CEILING
-    otsu = float(threshold_otsu(clipped))
+    otsu = float(threshold_otsu(clipped))  # type: ignore[no-untyped-call]
     return min(max(otsu, _FLOOR), _CEILING)
 
 
@@ -324,7 +338,7 @@ def _contrasting(
         np.maximum(distance, away, out=distance)
     if float(np.ptp(distance)) == 0.0:
         return np.zeros(distance.shape, bool), "distance+otsu", float("nan"), ("the image is constant",)
-    threshold = float(threshold_otsu(distance))
+    threshold = float(threshold_otsu(distance))  # type: ignore[no-untyped-call]
     return distance > threshold, "distance+otsu", threshold, ()
 
 
