@@ -1,0 +1,240 @@
+"""The pool on Ray actors: one a GPU for the device's work, or one a CPU; the only file that imports ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import socket
+import traceback
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from schemas.errors import GigacamError, WorkerLostError
+from schemas.run import PoolSettings, Report
+from workers.dispatch import Dispatcher
+from workers.pool import Stage, Task, Worker, perform
+
+# Read by ray when it is imported: no usage reports; workers run under this interpreter even where the driver
+# was started by `uv run`; and devices are hidden from CPU actors by us, not by a default that is to change.
+for _name in (
+    "RAY_USAGE_STATS_ENABLED",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
+):
+    os.environ.setdefault(_name, "0")
+
+import ray  # noqa: E402
+from ray.exceptions import RayError, RayTaskError  # noqa: E402
+
+log = logging.getLogger("gigacam")
+
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Of a local Ray: only reports and small init values pass through it."""
+
+
+def start_ray(address: str = "", cpus: int | None = None) -> bool:
+    """Connect to the Ray at `address`, else `RAY_ADDRESS`, else start one here; quietly, without a dashboard.
+
+    Parameters
+    ----------
+    address
+        Ray address; empty: see above.
+    cpus
+        CPUs that a Ray started here offers; None: as many as this process may use.
+
+    Returns
+    -------
+    bool
+        Whether this call started or joined it, so that the caller has to call `ray.shutdown`.
+    """
+    if ray.is_initialized():
+        return False
+    address = address or os.environ.get("RAY_ADDRESS", "") or "local"
+    local: dict[str, Any] = {
+        "num_cpus": cpus,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    ray.init(
+        address=address,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        **(local if address == "local" else {}),
+    )
+    return True
+
+
+class RayPool:
+    """Runs tasks on Ray actors that are respawned when they die.
+
+    Where Ray offers GPUs, each gets an actor for stages that need the device, and CPU actors do the rest;
+    otherwise one lane of CPU actors does both.
+
+    Parameters
+    ----------
+    settings
+        `workers` actors of `threads` threads at `address`.
+    stall_s
+        See `workers.dispatch.Dispatcher`.
+    """
+
+    def __init__(self, settings: PoolSettings, stall_s: float = 600.0) -> None:
+        threads = settings.threads or 1
+        wanted = settings.workers * threads if settings.workers else None
+        self._started = start_ray(settings.address, max(wanted or 0, os.cpu_count() or 1) if wanted else None)
+        try:
+            offer: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            cpus, gpus = int(offer.get("CPU", 0)), int(offer.get("GPU", 0))
+            lanes: list[tuple[str, int]] = []
+            if gpus:
+                devices = min(gpus, settings.workers or gpus)
+                # Half of the CPUs feed the devices, half stitch and write.
+                share = settings.threads or max(1, cpus // (2 * devices))
+                lanes.append(("gpu", devices))
+                self._options = [_options(cpus=share, gpus=1, threads=share)]
+                rest = max(1, (cpus - devices * share) // threads)
+                lanes.append(("cpu", rest))
+            else:
+                self._options = []
+                lanes.append(("cpu", settings.workers or max(1, cpus // threads)))
+            self._options.append(_options(cpus=threads, gpus=0, threads=threads))
+            self._lanes = lanes
+            asked = sum(size * o["num_cpus"] for (_, size), o in zip(lanes, self._options, strict=True))
+            if asked > cpus:
+                log.warning(
+                    "%d CPUs are asked of Ray, which offers %d: some workers may never start", asked, cpus
+                )
+            place = settings.address or os.environ.get("RAY_ADDRESS", "") or "local"
+            named = [
+                f"{size} {name.upper()} actor{'s' * (size != 1)} x {o['num_cpus']} thread{'s' * (o['num_cpus'] != 1)}"
+                for (name, size), o in zip(lanes, self._options, strict=True)
+            ]
+            self._description = f"ray {place}, {', '.join(named)}"
+            self._dispatcher = Dispatcher(lanes, lambda lane: _Actor(self._options[lane]), stall_s)
+        except BaseException:
+            if self._started:
+                ray.shutdown()
+            raise
+
+    @property
+    def description(self) -> str:
+        return self._description
+
+    @property
+    def capacity(self) -> int:
+        return sum(size for _, size in self._lanes)
+
+    @property
+    def respawns(self) -> int:
+        """How many actors were replaced so far."""
+        return self._dispatcher.respawns
+
+    def run(self, stage: Stage, tasks: Iterable[Task]) -> Iterator[Report]:
+        lane = 0 if stage.resource == "device" else len(self._lanes) - 1
+        return self._dispatcher.run(stage, lane, tasks)
+
+    def close(self) -> None:
+        self._dispatcher.close()
+        if self._started:
+            self._started = False
+            ray.shutdown()
+
+
+def _options(cpus: int, gpus: int, threads: int) -> dict[str, Any]:
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    env = dict.fromkeys(names, str(threads))
+    if not gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ""  # a CPU actor must not find the device that another one owns
+    return {
+        "num_cpus": cpus,
+        "num_gpus": gpus,
+        "max_restarts": 0,  # the dispatcher counts deaths and respawns
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": env},
+    }
+
+
+class _Host:
+    """The actor: keeps the workers of several stages. Errors are returned, for Ray would wrap a raised one."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+
+    def ping(self) -> str:
+        return f"{socket.gethostname()}:{os.getpid()}"
+
+    def load(self, key: str, worker: type[Worker], init: Any, drop: str | None) -> Exception | None:
+        try:
+            if drop is not None:
+                self._workers.pop(drop).close()
+            self._workers[key] = worker(init)
+        except Exception as error:
+            return portable(error)
+        return None
+
+    def run(self, key: str, stage: str, task: Task) -> Report | Exception:
+        try:
+            return perform(self._workers[key], stage, task)
+        except Exception as error:
+            return portable(error)
+
+
+def portable(error: Exception) -> Exception:
+    """`error` with its traceback as a note, or its text in a GigacamError where it would not survive pickling."""
+    error.add_note("In the worker:\n" + "".join(traceback.format_exception(error)))
+    try:
+        same = type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        same = False
+    return error if same else GigacamError(f"{type(error).__name__}: {error}")
+
+
+class _Actor:
+    """A `_Host` as a `workers.dispatch.Replica`."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._actor: Any = ray.remote(_Host).options(**options).remote()
+
+    def ping(self) -> Future[str]:
+        return _future(self._actor.ping.remote())
+
+    def load(self, key: str, stage: Stage, drop: str | None) -> Future[None]:
+        return _future(self._actor.load.remote(key, stage.worker, stage.init, drop))
+
+    def run(self, key: str, stage: str, task: Task) -> Future[Report]:
+        return _future(self._actor.run.remote(key, stage, task))
+
+    def kill(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+
+
+def _future(ref: Any) -> Future[Any]:
+    """The answer to a call; what the host returned as an error, or Ray's own, is raised."""
+    answer: Future[Any] = Future()
+
+    def settle(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            value = done.result()
+            if isinstance(value, Exception):
+                answer.set_exception(value)
+            else:
+                answer.set_result(value)
+        elif isinstance(error, RayTaskError):  # arguments that could not be unpickled over there
+            answer.set_exception(error.cause if isinstance(error.cause, Exception) else error)
+        elif isinstance(error, RayError):
+            answer.set_exception(WorkerLostError(_reason(error)))
+        else:
+            answer.set_exception(error)
+
+    ref.future().add_done_callback(settle)
+    return answer
+
+
+def _reason(error: RayError) -> str:
+    """The one sentence of Ray's page on a dead actor that says what happened."""
+    text = str(error).strip().rpartition("exit detail: ")[2]
+    return f"{type(error).__name__}: {re.split(r'[.](?= |$)|[\\r\\n]', text)[0]}"
