@@ -33,6 +33,7 @@ log = logging.getLogger("gigacam")
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Of a local Ray: only reports and small init values pass through it."""
+SENTENCE_END = re.compile(r"[.](?=\s|$)|\n")
 
 
 def start_ray(address: str = "", cpus: int | None = None) -> bool:
@@ -237,4 +238,4 @@ def _future(ref: Any) -> Future[Any]:
 def _reason(error: RayError) -> str:
     """The one sentence of Ray's page on a dead actor that says what happened."""
     text = str(error).strip().rpartition("exit detail: ")[2]
-    return f"{type(error).__name__}: {re.split(r'[.](?= |$)|[\\r\\n]', text)[0]}"
+    return f"{type(error).__name__}: {re.split(SENTENCE_END, text)[0]}"
