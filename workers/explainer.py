@@ -65,6 +65,12 @@ def pick_device(asked: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_summary() -> str:
+    """Torch's version and the devices it sees."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"torch {torch.__version__}, " + (", ".join(names) or "CPU only")
+
+
 class Explainer:
     """Computes units of one image; kept from task to task."""
 

@@ -1,0 +1,125 @@
+"""All images of a request, over one pool; one image's failure never ends the others."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from flows.progress import Event
+from flows.settings import versions
+from flows.steps import Claims, Model, explain_image, open_model, with_row_options
+from schemas.errors import GigacamError
+from schemas.image import ImageRequest
+from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport
+from workers.pool import Pool, open_pool
+from workers.publisher import write_run_report
+from workers.readers import expand, identity_of
+
+log = logging.getLogger("gigacam")
+
+One = Callable[[ImageRequest], ImageReport]
+Each = Callable[[Sequence[ImageRequest], One], Iterable[ImageReport]]
+"""How the images of a run are run: here one after another or in threads, under Prefect as tasks."""
+
+
+def one_after_another(images: Sequence[ImageRequest], one: One) -> Iterable[ImageReport]:
+    """Run the images in order, in this thread."""
+    return map(one, images)
+
+
+def in_threads(workers: int) -> Each:
+    """At most `workers` images at once, over a pool that is shared: one is planned while another computes."""
+
+    def each(images: Sequence[ImageRequest], one: One) -> Iterable[ImageReport]:
+        executor = ThreadPoolExecutor(workers, thread_name_prefix="image")
+        try:
+            for future in as_completed([executor.submit(one, image) for image in images]):
+                yield future.result()
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    return each
+
+
+def list_images(request: ExplainRequest) -> list[ImageRequest]:
+    """Files, folders, globs and CSV rows of the request, one by one."""
+    return [with_row_options(image, request.read) for image in expand(request.images)]
+
+
+def explain_batch(
+    request: ExplainRequest,
+    settings: PoolSettings,
+    tell: Callable[[Event], None],
+    each: Each | None = None,
+) -> RunReport:
+    """Explain every image of the request; write `run.json` after each.
+
+    Parameters
+    ----------
+    each
+        How images are run; None: in order on the serial pool, else `images_in_flight` at once.
+
+    Raises
+    ------
+    SpecError, ModelError
+        The request is wrong: nothing was computed.
+    """
+    began = time.perf_counter()
+    images = list_images(request)
+    model = open_model(request)
+    pool = open_pool(settings)
+    out = Path(request.out)
+    reports: dict[str, ImageReport] = {}
+
+    def summary() -> RunReport:
+        ordered = tuple(reports[image.uri] for image in images if image.uri in reports)
+        seconds = time.perf_counter() - began
+        return RunReport(images=ordered, pool=pool.description, seconds=seconds, versions=versions())
+
+    try:
+        if each is None:
+            each = one_after_another if settings.kind == "serial" else in_threads(settings.images_in_flight)
+        one = _one_image(images, request, model, pool, settings, tell)
+        for report in each(images, one):
+            reports[report.image] = report
+            write_run_report(out, summary())
+            if request.strict and report.status in ("failed", "gaps"):
+                log.error("--strict: stopping at %s", report.image)
+                break
+    except KeyboardInterrupt:
+        for image in images:
+            reports.setdefault(image.uri, ImageReport(image=image.uri, status="interrupted"))
+    finally:
+        pool.close()
+    write_run_report(out, summary())
+    return summary()
+
+
+def _one_image(
+    images: Sequence[ImageRequest],
+    request: ExplainRequest,
+    model: Model,
+    pool: Pool,
+    settings: PoolSettings,
+    tell: Callable[[Event], None],
+) -> One:
+    claims = Claims()
+    for image in images:
+        try:
+            claims.claim(identity_of(image.uri), image.uri)
+        except (GigacamError, OSError) as error:
+            # It fails by name when its turn comes; here only duplicates matter.
+            log.debug("no identity for %s: %s", image.uri, error)
+
+    def one(image: ImageRequest) -> ImageReport:
+        owner = claims.owner(image.uri)
+        if owner != image.uri:
+            message = f"{image.uri}: the same content as {owner}, which this run explains"
+            tell(Event(Path(image.uri).name, "duplicate", message=message))
+            return ImageReport(image=image.uri, status="duplicate", error=message)
+        return explain_image(image, request, model, pool, settings, tell)
+
+    return one

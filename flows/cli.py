@@ -1,0 +1,401 @@
+"""The `gigacam` command: words in, exit codes out. Heavy libraries load inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from schemas.errors import GigacamError, ModelError, SourceError, SpecError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from schemas.run import ExplainRequest, PoolSettings, RunReport
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Class activation maps of whole slides and volumes, stitched into OME-Zarr heatmap pyramids.",
+)
+
+EXIT_OK, EXIT_INCOMPLETE, EXIT_WRONG_REQUEST, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+Images = Annotated[
+    list[str],
+    typer.Argument(metavar="IMAGE...", help="File, folder, glob, .csv (column image), or procedural:..."),
+]
+ModelCardPath = Annotated[str, typer.Option("--model", help="Model card (model.toml).")]
+Out = Annotated[str, typer.Option("--out", help="Output folder.")]
+Methods = Annotated[str, typer.Option("--method", help="CAM methods, comma separated; see gigacam methods.")]
+Targets = Annotated[
+    str, typer.Option("--target", help="Class name, index, predicted or all; comma separated. Default: the card's.")
+]
+Mpp = Annotated[float | None, typer.Option("--mpp", help="Slide pixel size in um; overrides the file's.")]
+Spacing = Annotated[str, typer.Option("--spacing", help="Voxel size in mm, z,y,x; overrides the file's.")]
+Channel = Annotated[int | None, typer.Option("--channel", help="Index on the channel axis of a 4-D volume.")]
+TimePoint = Annotated[int | None, typer.Option("--time", help="Index on the time axis of a 4-D volume.")]
+Layer = Annotated[str, typer.Option("--layer", help="Layer to explain. Default: the card's.")]
+Tile = Annotated[str, typer.Option("--tile", help="Tile size in model px, one number or y,x or z,y,x.")]
+Overlap = Annotated[float, typer.Option("--overlap", help="Fraction of a tile shared with its neighbour.")]
+Edge = Annotated[str, typer.Option("--edge", help="Last tiles: shift (moved inward) or pad.")]
+Tissue = Annotated[str, typer.Option("--tissue", help="auto, or none (every tile).")]
+Region = Annotated[str, typer.Option("--region", help="GeoJSON: only tiles that meet a polygon.")]
+Mask = Annotated[str, typer.Option("--mask", help="Image whose non-zero pixels replace the tissue mask.")]
+Batch = Annotated[int, typer.Option("--batch", help="Tiles a device batch.")]
+Unit = Annotated[int | None, typer.Option("--unit", help="Tiles a task. Default 256, volumes 8.")]
+Importance = Annotated[str, typer.Option("--importance", help="Blend weight: flat, hann or gaussian.")]
+Downsample = Annotated[int | None, typer.Option("--downsample", help="Level-0 px a heatmap px.")]
+CellCentres = Annotated[
+    str, typer.Option("--cell-centres", help="receptive_field (measured) or grid (regular over the tile).")
+]
+Upsampling = Annotated[bool, typer.Option("--allow-upsampling", help="Read finer than the source.")]
+PoolKind = Annotated[str, typer.Option("--pool", help="auto, serial or ray.")]
+Address = Annotated[str, typer.Option("--ray-address", help="Ray cluster; empty starts a local one.")]
+WorkerCount = Annotated[int | None, typer.Option("--workers", help="Ray actors. Default: one a GPU, else a CPU.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="torch threads a worker.")]
+ImageIdStyle = Annotated[str, typer.Option("--image-id", help="stem (name and digest) or hash.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+@app.command()
+def inspect(image: Images, mpp: Mpp = None, spacing: Spacing = "", channel: Channel = None,
+            time: TimePoint = None, as_json: AsJson = False) -> None:  # fmt: skip
+    """Print what the readers know of an image."""
+    from workers.readers import expand, open_image
+
+    read = _read_options(mpp, spacing, channel, time)
+    failed = False
+    for request in expand(image):
+        options = read.model_copy(update=request.options.model_dump(exclude_none=True))
+        try:
+            reader = open_image(request.uri, options)
+        except GigacamError as error:
+            failed = True
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        meta = reader.meta
+        reader.close()
+        if as_json:
+            print(meta.model_dump_json())
+        else:
+            _print_fields(meta, {"image_id": meta.image_id()})
+    if failed:
+        raise typer.Exit(EXIT_INCOMPLETE)
+
+
+@app.command()
+def plan(image: Images, model: ModelCardPath, out: Out = "out", method: Methods = "gradcam",
+         target: Targets = "", mpp: Mpp = None, spacing: Spacing = "", channel: Channel = None,
+         time: TimePoint = None, layer: Layer = "", tile: Tile = "", overlap: Overlap = 0.0,
+         edge: Edge = "shift", tissue: Tissue = "auto", region: Region = "", mask: Mask = "",
+         batch: Batch = 32, unit: Unit = None, importance: Importance = "hann",
+         downsample: Downsample = None, cell_centres: CellCentres = "receptive_field",
+         allow_upsampling: Upsampling = False, workers: WorkerCount = None, image_id: ImageIdStyle = "stem",
+         measure: Annotated[bool, typer.Option("--measure", help="Run one batch to estimate the time.")] = False,
+         as_json: AsJson = False) -> None:  # fmt: skip
+    """Print tiles, units, bytes, memory and estimated time; compute nothing."""
+    request = _request(locals())
+    from flows.batch import list_images
+    from flows.steps import measure_rate, open_model, plan_image, summarise
+
+    images = list_images(request)
+    loaded = open_model(request)
+    failed = False
+    for one in images:
+        try:
+            job = plan_image(one, request, loaded)
+            if measure:
+                measure_rate(job, loaded)
+            summary = summarise(job, request, loaded, _pool("serial", "", workers, None))
+        except (SourceError, SpecError) as error:
+            failed = True
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        if as_json:
+            print(summary.model_dump_json())
+        else:
+            from flows.tables import plan_lines
+
+            print("\n".join(plan_lines(summary)))
+    if failed:
+        raise typer.Exit(EXIT_INCOMPLETE)
+
+
+@app.command()
+def explain(image: Images, model: ModelCardPath, out: Out, method: Methods = "gradcam",
+            target: Targets = "", mpp: Mpp = None, spacing: Spacing = "", channel: Channel = None,
+            time: TimePoint = None, layer: Layer = "", tile: Tile = "", overlap: Overlap = 0.0,
+            edge: Edge = "shift", tissue: Tissue = "auto", region: Region = "", mask: Mask = "",
+            batch: Batch = 32, unit: Unit = None, importance: Importance = "hann",
+            downsample: Downsample = None, cell_centres: CellCentres = "receptive_field",
+            allow_upsampling: Upsampling = False, pool: PoolKind = "auto", ray_address: Address = "",
+            workers: WorkerCount = None, threads: Threads = None,
+            fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier, different result aside.")] = False,
+            retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute failed tiles again.")] = False,
+            direct: Annotated[bool, typer.Option("--direct", help="Without Prefect.")] = False,
+            strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that is not complete.")] = False,
+            image_id: ImageIdStyle = "stem", as_json: AsJson = False) -> None:  # fmt: skip
+    """Explain images: tiles, class activation maps, stitched heatmap pyramids."""
+    request = _request(locals())
+    _run(request, _pool(pool, ray_address, workers, threads), direct, as_json)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List every CAM method: name, unit, what it needs, citation."""
+    from workers.cam.methods import METHODS
+
+    rows = [row.info for row in METHODS.values()]
+    if as_json:
+        print(json.dumps([row.model_dump(mode="json") for row in rows]))
+        return
+    from flows.tables import method_table
+
+    _print_table(method_table(rows))
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option("--out", help="Folder to write to.")] = "demo",
+    slide: Annotated[str, typer.Option("--slide", help="Explain this slide too.")] = "",
+    methods: Annotated[str, typer.Option("--methods", help="CAM methods, comma separated.")] = "",
+    pool: PoolKind = "ray",
+    workers: WorkerCount = None,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    direct: Annotated[bool, typer.Option("--direct", help="Without Prefect.")] = False,
+) -> None:
+    """Make a slide and a volume, train two small networks, explain both, and measure the maps."""
+    from flows.demo import run_demo
+
+    settings = _pool(pool, "", workers, threads)
+    names = tuple(name for name in methods.split(",") if name)
+    _exit(run_demo(Path(out), slide, names, settings, seed, direct).exit_code)
+
+
+@app.command()
+def schema(name: Annotated[str, typer.Argument(help="Schema name; none lists them.")] = "") -> None:
+    """Print the JSON Schema of one of the project's values."""
+    from flows.tables import json_schemas
+
+    known = json_schemas()
+    if not name:
+        print("\n".join(sorted(known)))
+    elif name in known:
+        print(json.dumps(known[name].model_json_schema(), indent=2))
+    else:
+        msg = f"schema {name!r}: unknown; the schemas are {', '.join(sorted(known))}"
+        raise SpecError(msg)
+
+
+@app.command()
+def doctor() -> None:
+    """Check the environment, and say what to fix."""
+    from flows.doctor import checks
+
+    failed = False
+    for check in checks():
+        failed |= not check.ok
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.found}")
+        if not check.ok:
+            print(f"      {check.remedy}")
+    _exit(int(failed))
+
+
+def _run(request: ExplainRequest, asked: PoolSettings, direct: bool, as_json: bool) -> NoReturn:
+    """Explain directly, or through Prefect where there is more than one image or an API to report to."""
+    import os
+
+    from flows.progress import listener
+    from flows.settings import resolve_pool
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from flows.batch import explain_batch, list_images
+
+    images = list_images(request)
+    settings, why = resolve_pool(asked, len(images))
+    settings = _with_threads(settings)
+    through_prefect = not direct and (settings.kind == "ray" or bool(os.environ.get("PREFECT_API_URL")))
+    how = "Prefect" if through_prefect else "direct"
+    print(f"pool: {why}; {how}", file=sys.stderr)
+    if through_prefect:
+        report = _through_prefect(request, settings)
+    else:
+        told = listener(as_json)
+        try:
+            report = explain_batch(request, settings, told)
+        finally:
+            told.close()
+    _finish(report, request.out, as_json)
+
+
+def _through_prefect(request: ExplainRequest, settings: PoolSettings) -> RunReport:
+    from flows.explain import explain as explain_flow
+
+    report: RunReport = explain_flow(request, settings)
+    return report
+
+
+def _finish(report: RunReport, out: str, as_json: bool) -> NoReturn:
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        from flows.tables import report_lines
+
+        print("\n".join(report_lines(report, out)))
+    if report.exit_code == EXIT_INTERRUPTED:
+        print("interrupted: run the same command again to resume; what was computed is kept", file=sys.stderr)
+    _exit(report.exit_code)
+
+
+def _with_threads(settings: PoolSettings) -> PoolSettings:
+    """Serial takes all cores; a CPU actor one thread, so that actors do not fight for cores."""
+    import os
+
+    if settings.threads is not None:
+        return settings
+    threads = (os.cpu_count() or 1) if settings.kind == "serial" else 1
+    return settings.model_copy(update={"threads": threads})
+
+
+def _request(flags: dict[str, Any]) -> ExplainRequest:
+    from pydantic import ValidationError
+
+    from schemas.run import ExplainRequest
+
+    heatmap = {k: flags[k] for k in ("importance", "downsample") if flags[k] != _DEFAULTS[k]}
+    values: dict[str, Any] = {
+        "images": tuple(flags["image"]),
+        "model": flags["model"],
+        "out": flags["out"],
+        "methods": _words(flags["method"]),
+        "targets": _words(flags["target"]),
+        "tile": _tile(flags["tile"]),
+        "read": _read_options(flags["mpp"], flags["spacing"], flags["channel"], flags["time"]),
+        "heatmap": heatmap,
+    }
+    for name, value in flags.items():
+        if name in ExplainRequest.model_fields and name not in values and value != _DEFAULTS.get(name, value):
+            values[name] = value
+    values = {name: value for name, value in values.items() if value not in ((), None, {})}
+    try:
+        return ExplainRequest.model_validate(values)
+    except ValidationError as error:
+        raise SpecError(_flag_errors(error)) from error
+
+
+_DEFAULTS: dict[str, Any] = {
+    "importance": "hann", "downsample": None, "layer": "", "overlap": 0.0, "edge": "shift", "tissue": "auto",
+    "region": "", "mask": "", "batch": 32, "unit": None, "cell_centres": "receptive_field",
+    "allow_upsampling": False, "fresh": False, "retry_failed": False, "strict": False, "image_id": "stem",
+}  # fmt: skip
+"""Flag defaults: a value equal to its default is not passed on, so that `plan` can tell what was given."""
+
+
+def _flag_errors(error: Any) -> str:
+    lines = []
+    for item in error.errors():
+        flag = "--" + str(item["loc"][-1] if item["loc"] else "").replace("_", "-")
+        lines.append(f"{flag}: {item['msg']}; found {item['input']!r}")
+    return "; ".join(lines)
+
+
+def _pool(kind: str, address: str, workers: int | None, threads: int | None) -> PoolSettings:
+    from pydantic import ValidationError
+
+    from schemas.run import PoolSettings
+
+    try:
+        return PoolSettings(kind=kind, address=address, workers=workers, threads=threads)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise SpecError(_flag_errors(error)) from error
+
+
+def _read_options(mpp: float | None, spacing: str, channel: int | None, time: int | None) -> Any:
+    from schemas.image import ReadOptions
+
+    values = None
+    if spacing:
+        values = _numbers(spacing, "--spacing")
+        values = values * 3 if len(values) == 1 else values
+        if len(values) != 3:
+            msg = f"--spacing {spacing}: expected one number, or three as z,y,x in mm"
+            raise SpecError(msg)
+    return ReadOptions(mpp_um=mpp, spacing_mm=values, channel=channel, time=time)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _tile(text: str) -> tuple[int, ...] | None:
+    return tuple(round(n) for n in _numbers(text, "--tile")) if text else None
+
+
+def _numbers(text: str, flag: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.replace("x", ",").split(","))
+    except ValueError:
+        msg = f"{flag} {text}: expected numbers separated by commas"
+        raise SpecError(msg) from None
+
+
+def _print_fields(value: BaseModel, extra: dict[str, Any]) -> None:
+    for name, item in {**extra, **value.model_dump()}.items():
+        print(f"{name:20} {item}")
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _exit(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+Level = Literal["WARNING", "INFO", "DEBUG"]
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"gigacam {installed('gigacam')}")
+        raise typer.Exit(EXIT_OK)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
+
+
+def main() -> None:
+    """Run the command; a wrong request is one line and exit code 2."""
+    from flows.settings import quiet_environment
+
+    quiet_environment()
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to resume; what was computed is kept", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except (SpecError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_WRONG_REQUEST)
+    except GigacamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_INCOMPLETE)
+
+
+if __name__ == "__main__":
+    main()

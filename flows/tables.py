@@ -1,0 +1,121 @@
+"""What the commands print, as lines and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+from rich.table import Table
+
+import schemas.explanation
+import schemas.geometry
+import schemas.grid
+import schemas.heatmap
+import schemas.image
+import schemas.model
+import schemas.ngff
+import schemas.run
+from schemas.explanation import MethodInfo
+from schemas.frozen import Frozen
+from schemas.run import PlanSummary, RunReport
+
+
+def plan_lines(plan: PlanSummary) -> list[str]:
+    """One plan, one line a fact."""
+    unit = plan.spacing_unit
+    time = "unknown; --measure runs one batch" if plan.seconds is None else _duration(plan.seconds)
+    lines = [
+        f"{plan.image}",
+        f"  id          {plan.image_id}",
+        f"  source      {_times(plan.shape_l0)} px at {_times(plan.spacing)} {unit} ({plan.spacing_source})",
+        f"  tiles       {plan.tiles} of {_times(plan.tile_l0)} level-0 px every {_times(plan.stride_l0)}, "
+        f"read at level {plan.level} (size error {plan.size_error:.2%})",
+        f"  tissue      {plan.tissue_fraction:.1%} by {plan.tissue_method}"
+        + (f"; {plan.left_out} tiles left out by choice" if plan.left_out else ""),
+        f"  work        {plan.units} units, {plan.batches} batches, {plan.blocks} blocks",
+        f"  heatmap     {_times(plan.heatmap_shape)} at 1/{_times(plan.heatmap_downsample)}: {', '.join(plan.channels)}",
+        f"  disk        {_bytes(plan.tiles_bytes)} of tile maps, {_bytes(plan.heatmap_bytes)} of heatmap "
+        f"before compression; {_bytes(plan.disk_free_bytes)} free",
+        f"  memory      about {_bytes(plan.peak_memory_bytes)} a worker",
+        f"  time        {time}",
+        f"  defaults    {', '.join(f'{k}={v}' for k, v in plan.defaults.items())}",
+    ]
+    return lines + [f"  note        {note}" for note in plan.notes]
+
+
+def report_lines(report: RunReport, out: str) -> list[str]:
+    """A finished run: one line an image, and where to look."""
+    lines = []
+    for image in report.images:
+        line = f"{image.status:11} {Path(image.image).name}"
+        if image.counts is not None:
+            line += f"  {image.counts.done}/{image.counts.planned} tiles"
+            if image.counts.failed:
+                line += f", {image.counts.failed} failed"
+        if image.error:
+            line += f"  {image.error}"
+        elif image.output:
+            line += f"  {image.output}"
+        lines.append(line)
+        lines += [f"            note: {note}" for note in image.notes]
+    lines.append(f"{len(report.images)} images in {report.seconds:.1f} s on {report.pool}; {Path(out) / 'run.json'}")
+    return lines
+
+
+def method_table(methods: Sequence[MethodInfo]) -> Table:
+    """Every method with what it needs and where it comes from."""
+    table = Table("name", "method", "unit", "signed", "class", "needs", "citation", box=None)
+    for row in methods:
+        title = f"{row.title} ({row.edition})" if row.edition else row.title
+        table.add_row(
+            row.name,
+            title,
+            row.unit,
+            "signed" if row.signed else "unsigned",
+            "yes" if row.class_specific else "no",
+            ", ".join(row.needs),
+            row.citation,
+        )
+    return table
+
+
+def json_schemas() -> dict[str, type[BaseModel]]:
+    """Every value of `schemas`, by class name."""
+    modules = (
+        schemas.explanation,
+        schemas.geometry,
+        schemas.grid,
+        schemas.heatmap,
+        schemas.image,
+        schemas.model,
+        schemas.ngff,
+        schemas.run,
+    )
+    return {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, BaseModel) and value not in (BaseModel, Frozen)
+    }
+
+
+def _times(values: Sequence[float]) -> str:
+    if len(set(values)) == 1 and isinstance(values[0], int) and values[0] < 100:
+        return f"{values[0]}"
+    return " x ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def _bytes(n: int) -> str:
+    size = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
