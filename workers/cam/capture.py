@@ -1,0 +1,296 @@
+"""A network split at one layer: activations out, gradients of the scores back to them, the model left as found.
+
+The trunk is run with nothing that requires a gradient, so that it records no graph; the target layer's output becomes a
+fresh leaf, and one `torch.autograd.grad` differentiates the tail alone. Two forms share one interface: `HookedNet` for
+any eager module (a forward hook, so that skip connections round the layer stay what they are: constants), `PairNet` for
+networks that come as two callables (TorchScript pairs, cut `torch.export` programs).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from schemas.errors import ModelError
+
+
+class Split(NamedTuple):
+    """One pass through a split network."""
+
+    activations: Tensor
+    """`(B, K, *grid)`, a leaf that requires a gradient."""
+    scores: Tensor
+    """`(B, C)`, attached to the activations."""
+
+
+class SplitNet(Protocol):
+    """A network split at a target layer."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, read-only."""
+        ...
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Input `(B, C_in, *S)` -> activations `(B, K, *grid)`, no graph."""
+        ...
+
+    def tail(self, activations: Tensor, x: Tensor) -> Tensor:
+        """Scores `(B, C)` for other activations than those of `x`; `x` gives what by-passes the layer."""
+        ...
+
+    def forward(self, x: Tensor) -> Split:
+        """One pass: leaf activations and the scores that depend on them."""
+        ...
+
+    def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
+        """Gradient of `y.sum()` with respect to `activations`, through the tail only.
+
+        Rows must not interact (true of every network in eval mode whose rows are tiles), so that row `b` is the
+        gradient of `y[b]`.
+
+        Parameters
+        ----------
+        y
+            `(B,)` targets, attached to `activations`.
+        activations
+            The leaf of the same `Split`.
+        retain
+            Keep the graph for another target.
+        """
+        ...
+
+
+class HookedNet:
+    """An eager module split at the output of the submodule `layer`.
+
+    Parameters
+    ----------
+    module
+        The network. For each call it is put in eval mode with frozen parameters, and given back as it was.
+    layer
+        Dotted name as in `named_modules()`. A submodule that runs several times in a pass needs `name#i`, the
+        0-based number of the call.
+
+    Raises
+    ------
+    ModelError
+        No such layer.
+    """
+
+    def __init__(self, module: nn.Module, layer: str) -> None:
+        name, mark, call = layer.partition("#")
+        if mark and not call.isdecimal():
+            msg = f"layer {layer!r}: after '#' a call number is expected, such as '{name}#0'"
+            raise ModelError(msg)
+        self.module = module
+        self.layer = layer
+        self._call = int(call) if mark else None
+        self._target = _submodule(module, name)
+
+    def trunk(self, x: Tensor) -> Tensor:
+        reached: list[Tensor] = []
+
+        def stop(output: Tensor) -> NoReturn:
+            reached.append(output.detach().clone())
+            raise _Reached
+
+        try:
+            self._run(x, stop)
+        except _Reached:
+            return reached[0]
+        raise AssertionError(self.layer)  # `_run` either reaches the layer or says that it cannot
+
+    def tail(self, activations: Tensor, x: Tensor) -> Tensor:
+        return self._run(x, lambda _: activations.clone())
+
+    def forward(self, x: Tensor) -> Split:
+        leaves: list[Tensor] = []
+
+        def tap(output: Tensor) -> Tensor:
+            # The layer may have returned its own input, and the next operation may be in place (DenseNet's ReLU):
+            # the leaf shares its memory with neither side.
+            leaf = output.detach().clone().requires_grad_()
+            leaves.append(leaf)
+            return leaf.clone()
+
+        scores = self._run(x, tap)
+        return Split(_checked_activations(leaves[0], x, self.layer), scores)
+
+    def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
+        return _gradient(y, activations, retain, self.layer)
+
+    def _run(self, x: Tensor, swap: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run the module on `x` with the layer's output replaced by `swap(output)`."""
+        calls = 0
+        wanted = self._call or 0
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            nonlocal calls
+            this, calls = calls, calls + 1
+            if self._call is None and this == 1:
+                msg = (
+                    f"layer {self.layer!r} runs more than once in a pass, so its name does not say which output is "
+                    f"meant; write '{self.layer}#0' for the first, '{self.layer}#1' for the second"
+                )
+                raise ModelError(msg)
+            if this != wanted:
+                return output
+            # A network that runs its backbone under its own `no_grad` is still differentiable after the layer.
+            torch.set_grad_enabled(True)
+            return _swap_first(output, swap, self.layer)
+
+        with _frozen(self.module):
+            handle = self._target.register_forward_hook(hook)
+            try:
+                output = self.module(_plain(x))
+            finally:
+                handle.remove()
+        if calls <= wanted:
+            msg = (
+                f"layer {self.layer!r} ran {calls} times in a pass, so it is not on the way from input to scores "
+                "(or is scripted, where hooks do not fire); name a layer that the forward pass uses"
+            )
+            raise ModelError(msg)
+        return _score_matrix(output, len(x))
+
+
+class PairNet:
+    """A network given as two modules.
+
+    Parameters
+    ----------
+    trunk
+        `trunk(x) -> activations`, or a tuple `(activations, *carried)` with whatever else the tail needs.
+    tail
+        `tail(activations, *carried) -> scores`.
+    layer
+        Name of the place of the cut, for messages.
+    """
+
+    def __init__(self, trunk: nn.Module, tail: nn.Module, layer: str) -> None:
+        self.module = nn.ModuleDict({"trunk": trunk, "tail": tail})
+        self.layer = layer
+
+    def trunk(self, x: Tensor) -> Tensor:
+        return self._head(x)[0]
+
+    def tail(self, activations: Tensor, x: Tensor) -> Tensor:
+        _, carried = self._head(x)
+        with _frozen(self.module):
+            return _score_matrix(self.module["tail"](activations, *carried), len(x))
+
+    def forward(self, x: Tensor) -> Split:
+        output, carried = self._head(x)
+        leaf = _checked_activations(output.requires_grad_(), x, self.layer)
+        with _frozen(self.module):
+            scores = self.module["tail"](leaf.clone(), *carried)
+        return Split(leaf, _score_matrix(scores, len(x)))
+
+    def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
+        return _gradient(y, activations, retain, self.layer)
+
+    def _head(self, x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        with _frozen(self.module), torch.no_grad():
+            output = self.module["trunk"](_plain(x))
+            first, *carried = output if isinstance(output, tuple | list) else (output,)
+            return first.detach().clone(), tuple(carried)
+
+
+class _Reached(Exception):
+    """The trunk is done; the tail need not run."""
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode and frozen parameters inside, every flag as found outside.
+
+    Grad mode is on, yet nothing requires a gradient: a graph begins at the leaf and nowhere else, weight gradients are
+    neither computed nor prepared for. Flags are set one by one, since `Module.train()` may be overridden and would put
+    frozen submodules back in train mode. Not for concurrent calls on one module.
+    """
+    training = [m for m in module.modules() if m.training]
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for m in training:
+            m.training = False
+        for p in trainable:
+            p.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for m in training:
+            m.training = True
+
+
+def _plain(x: Tensor) -> Tensor:
+    """`x` without a graph, and not an inference tensor (which could not be saved for a gradient)."""
+    return x.clone() if x.is_inference() else x.detach()
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module:
+    names = [n for n, _ in module.named_modules(remove_duplicate=False) if n]
+    if name in names:
+        return module.get_submodule(name)
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+    near = near or [n for n, _ in module.named_children()]
+    msg = f"{type(module).__name__} has no layer {name!r}; near names: {', '.join(near) or 'none, it has no submodules'}"
+    raise ModelError(msg)
+
+
+def _swap_first(output: Any, swap: Callable[[Tensor], Tensor], layer: str) -> Any:
+    """`output` with its (first) tensor replaced; tuples and lists keep their type and the rest."""
+    if isinstance(output, Tensor):
+        return swap(output)
+    if isinstance(output, tuple | list):
+        for i, item in enumerate(output):
+            if isinstance(item, Tensor):
+                items = [*output[:i], swap(item), *output[i + 1 :]]
+                # a named tuple takes its fields one by one
+                return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    msg = f"layer {layer!r} gives {type(output).__name__}; expected a tensor, or a tuple or list with one"
+    raise ModelError(msg)
+
+
+def _score_matrix(output: Any, batch: int) -> Tensor:
+    """The network's output as `(B, C)` scores; of a tuple or list the first item."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    if isinstance(output, Tensor) and output.shape == (batch,):
+        output = output[:, None]
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != batch:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        msg = f"the network gives {found} for {batch} tiles; expected scores of shape ({batch}, classes)"
+        raise ModelError(msg)
+    return output
+
+
+def _checked_activations(leaf: Tensor, x: Tensor, layer: str) -> Tensor:
+    if leaf.ndim < 3 or len(leaf) != len(x):
+        msg = (
+            f"layer {layer!r} gives shape {tuple(leaf.shape)} for {len(x)} tiles; expected ({len(x)}, channels, *grid): "
+            "name a layer before pooling and flattening"
+        )
+        raise ModelError(msg)
+    return leaf
+
+
+def _gradient(y: Tensor, activations: Tensor, retain: bool, layer: str) -> Tensor:
+    g = None
+    if y.requires_grad:
+        with torch.inference_mode(False):
+            (g,) = torch.autograd.grad(y.sum(), activations, retain_graph=retain, allow_unused=True)
+    if g is None:
+        msg = (
+            f"the scores do not depend on layer {layer!r} (its output is unused, detached, or computed in inference "
+            "mode); name a layer on the way from input to scores"
+        )
+        raise ModelError(msg)
+    return g

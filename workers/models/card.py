@@ -1,0 +1,116 @@
+"""Model cards: read, checked, written, and reduced to what identifies them."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from schemas.errors import ModelError
+from schemas.model import ModelCard
+
+_PATHS = {"network": ("weights", "trunk", "tail"), "bag": ("weights",)}
+
+
+@dataclass(frozen=True)
+class LoadedCard:
+    """A card and where it lies; the paths in it are relative to `folder`."""
+
+    card: ModelCard
+    path: Path
+    folder: Path
+
+
+def load_card(path: str | Path) -> LoadedCard:
+    """Read and check a `model.toml`.
+
+    Raises
+    ------
+    ModelError
+        The file is missing, is no TOML, or a key is missing, unknown or wrong: each is named with what was found.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"{path}: the model card cannot be read ({error.strerror or error}); give the path of a model.toml"
+        raise ModelError(msg) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        msg = f"{path}: the model card is not valid TOML: {error}"
+        raise ModelError(msg) from error
+    try:
+        card = ModelCard.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {_explained(e)}" for e in error.errors()]
+        msg = "\n".join([f"{path}: the model card is not valid:", *lines])
+        raise ModelError(msg) from error
+    return LoadedCard(card, path, path.parent)
+
+
+def resolved(card: ModelCard) -> dict[str, Any]:
+    """What identifies a card's model, ready for hashing: all of it, with digests in the place of file paths."""
+    found = card.model_dump(mode="json", by_alias=True)
+    for section, names in _PATHS.items():
+        for name in names:
+            (found.get(section) or {}).pop(name, None)
+    return found
+
+
+def write_card(path: str | Path, card: ModelCard) -> None:
+    """Write `card` as TOML that `load_card` reads back to an equal card."""
+    sections = card.model_dump(mode="json", by_alias=True, exclude_none=True)
+    top = {k: v for k, v in sections.items() if not isinstance(v, dict)}
+    lines = [f"{k} = {_toml(v)}" for k, v in top.items()]
+    for name, section in sections.items():
+        if isinstance(section, dict):
+            lines += ["", f"[{name}]", *(f"{_key(k)} = {_toml(v)}" for k, v in section.items())]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _explained(error: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    text = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{key}: missing; expected a value"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key (found {_short(error['input'])}); remove it or correct its name"
+    # a rule over a whole section names its keys itself
+    return (
+        f"{key}: {text}"
+        if error["type"] == "value_error"
+        else f"{key}: found {_short(error['input'])}; {text}"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case str():
+            # JSON's escapes are TOML's, but for DEL, which TOML wants escaped too
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case list():
+            return "[" + ", ".join(_toml(v) for v in value) + "]"
+        case dict():
+            return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    msg = (
+        f"{value!r} cannot be written in a model card: TOML has strings, numbers, booleans, lists and tables"
+    )
+    raise ModelError(msg)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)

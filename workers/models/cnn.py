@@ -1,0 +1,159 @@
+"""Tile models: a card becomes a network that is loaded, frozen, split and checked before any tile is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from schemas.errors import ModelError
+from schemas.explanation import CellGeometry
+from schemas.model import InputSpec, ModelCard
+from workers.cam.capture import HookedNet, SplitNet
+from workers.cam.geometry import measure_cells
+from workers.cam.targets import resolve
+from workers.models.adapter import ModelAdapter
+from workers.models.card import LoadedCard
+from workers.models.checkpoint import load_weights
+from workers.models.networks import factory_network, monai_network
+
+
+@dataclass(frozen=True)
+class TileModel:
+    """A network that scores tiles; see `ModelAdapter`."""
+
+    card: ModelCard
+    device: torch.device
+    target_layer: str
+    net: SplitNet
+    cells: CellGeometry
+    n_outputs: int
+
+    def prepare(self, pixels: NDArray[Any] | Tensor) -> Tensor:
+        return prepare(pixels, self.card.input, self.device)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.net.forward(x).scores.detach()
+
+
+def load_model(
+    loaded: LoadedCard, device: str = "cpu", layer: str | None = None, tile: tuple[int, ...] | None = None
+) -> ModelAdapter:
+    """Load the network of a card.
+
+    Parameters
+    ----------
+    loaded
+        The card, from `load_card`.
+    device
+        A torch device.
+    layer
+        Target layer instead of the card's.
+    tile
+        Tile size (model px, array order) instead of the card's.
+
+    Returns
+    -------
+    ModelAdapter
+        Run once on a synthetic batch: layer, gradient and number of outputs are known to be right.
+
+    Raises
+    ------
+    ModelError
+        Weights differ from their digest or do not fit, an unknown network or layer, or outputs that are not the card's
+        classes; the message begins with the card's path.
+    """
+    card = loaded.card
+    layer = layer or card.cam.layer
+    place = torch.device(device)
+    size = tile or card.input.tile
+    try:
+        net = _split(loaded, layer, place)
+        n_outputs = _preflight(net, card, size, place)
+        cells = measure_cells(net, (card.input.channels, *size))
+    except ModelError as error:
+        msg = f"{loaded.path}: {error.message}"
+        raise ModelError(msg) from error
+    return TileModel(card, place, layer, net, cells, n_outputs)
+
+
+def prepare(pixels: NDArray[Any] | Tensor, spec: InputSpec, device: torch.device) -> Tensor:
+    """Pixels as read to the network's scale.
+
+    `scale` maps its two values to 0 and 1; `window` clips first; then `(x - mean) / std` a channel.
+
+    Parameters
+    ----------
+    pixels
+        `(B, C_in, *S)` uint8 or float32, as the reader gives them.
+    spec
+        The card's `[input]`.
+    device
+        Where the result lies; uint8 is moved as such.
+
+    Returns
+    -------
+    Tensor
+        `(B, C_in, *S)` float32, contiguous.
+
+    Raises
+    ------
+    ModelError
+        Other channels or axes than the card's.
+    """
+    raw = torch.as_tensor(pixels)
+    if raw.ndim != 2 + len(spec.tile) or raw.shape[1] != spec.channels:
+        msg = (
+            f"pixels of shape {tuple(raw.shape)} do not fit the model: expected (tiles, {spec.channels} channels, "
+            f"{len(spec.tile)} spatial axes)"
+        )
+        raise ModelError(msg)
+    x = raw.to(device).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    low, high = spec.window or spec.scale
+    if spec.window:
+        x.clamp_(low, high)
+    x.sub_(low).div_(high - low)
+    trailing = [1] * len(spec.tile)
+    if spec.mean:
+        x.sub_(torch.tensor(spec.mean, device=device).view(1, -1, *trailing))
+    if spec.std:
+        x.div_(torch.tensor(spec.std, device=device).view(1, -1, *trailing))
+    return x
+
+
+def _split(loaded: LoadedCard, layer: str, device: torch.device) -> SplitNet:
+    spec = loaded.card.network
+    if spec.adapter == "monai":
+        network = monai_network(spec.name, spec.args)
+        if not spec.weights:
+            msg = f"[network] weights is missing: {spec.name!r} would be explained with random weights"
+            raise ModelError(msg)
+    else:
+        network = factory_network(spec.name, spec.args)
+    if spec.weights:
+        load_weights(network, loaded.folder / spec.weights, spec.sha256)
+    return HookedNet(network.eval().requires_grad_(False).to(device), layer)
+
+
+def _preflight(net: SplitNet, card: ModelCard, tile: tuple[int, ...], device: torch.device) -> int:
+    """Number of outputs, from a pass over two synthetic tiles that also needs a gradient to reach the layer."""
+    shape = (2, card.input.channels, *tile)
+    if len(tile) != len(card.input.tile):
+        msg = f"tile = {list(tile)} has {len(tile)} axes; the model's input has {len(card.input.tile)}"
+        raise ModelError(msg)
+    x = torch.linspace(0, 1, math.prod(shape), device=device)
+    try:
+        split = net.forward(x.reshape(shape))
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        msg = f"the network does not take input of shape {shape} (tiles, channels, *tile): {reason}"
+        raise ModelError(msg) from error
+    net.grad(split.scores.sum(1), split.activations)
+    n_outputs = split.scores.shape[1]
+    if card.output.kind in ("logits", "logit", "regression"):
+        resolve(["all"], card.output, n_outputs)
+    return n_outputs
