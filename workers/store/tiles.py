@@ -1,0 +1,375 @@
+"""`tiles.zarr`: every tile's box, state, scores and raw maps; the ledger of a run.
+
+One unit is one chunk along the tile axis, written whole by one task, its `status` last. A worker writes only
+chunks of its own unit: nothing here is read, changed and written back by two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from zarr.codecs import BloscCodec
+
+from schemas.errors import StoreError
+from schemas.geometry import Box
+from schemas.heatmap import TileStatus
+from schemas.run import Counts, TileFailure, TilesInfo
+from workers.store.folders import move_aside, new_folder, read_ledger, sweep_partials
+
+ERROR_TABLE = ("", "see error_text", "the network gave values that are not finite", "given up by the pool")
+"""Short reasons, the table of `error`; a reason that begins like one of them has its code."""
+ERROR_BYTES = 240
+"""A reason is kept in this many bytes of UTF-8, in its unit's own chunk (attributes are shared by all workers)."""
+_COMPRESSOR = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
+_BOX_ROWS = 65536
+"""Boxes are written once, when the store is made, so that their chunks need not be units."""
+
+
+class TilesStore:
+    """An open `tiles.zarr`. Make one with `create` (the driver) or `open` (workers)."""
+
+    def __init__(self, path: Path, group: zarr.Group, info: TilesInfo) -> None:
+        self.path = path
+        self.info = info
+        self._group = group
+
+    @classmethod
+    def create(
+        cls, path: str | Path, info: TilesInfo, boxes: NDArray[np.int64], *, fresh: bool = False
+    ) -> Self:
+        """Make the store, or open the one that the same request left there.
+
+        Parameters
+        ----------
+        path
+            Folder of the store.
+        info
+            What is computed; rows from `info.planned` on are marked as left out.
+        boxes
+            `(N, 2, axes)` level-0 boxes, planned tiles first.
+        fresh
+            Move whatever gigacam store lies there aside (`<name>.old-N`) and begin anew.
+
+        Raises
+        ------
+        StoreError
+            The folder holds another request's tiles (the fields that differ are named), other boxes for the
+            same request, or no store of ours.
+        """
+        path = Path(path)
+        shape = (info.tiles, 2, len(info.lattice.shape_l0))
+        if boxes.shape != shape or info.units != -(-info.planned // info.spec.unit):
+            msg = f"{path}: boxes {boxes.shape}, {info.units} units; expected {shape}, ceil(planned / unit) units"
+            raise StoreError(msg)
+        ledger = read_ledger(path, "lattice")
+        if ledger is not None and fresh:
+            move_aside(path)
+            ledger = None
+        if ledger is None:
+            with new_folder(path) as draft:
+                _write_new(draft, info, boxes)
+            return cls.open(path, "r+")
+        if ledger.get("tiles_id") != info.tiles_id:
+            fields = differing_fields(ledger.get("spec", {}), info.spec.model_dump(mode="json"))
+            msg = (
+                f"{path}: holds tiles of another request, it differs in "
+                f"{'; '.join(fields) or 'no field (made by another version)'}. "
+                "Ask for the same, choose another output folder, or use --fresh, which moves this one aside"
+            )
+            raise StoreError(msg)
+        store = cls.open(path, "r+")
+        store._resume(info, boxes)
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path, mode: Literal["r", "r+"] = "r") -> Self:
+        """Open an existing store.
+
+        Raises
+        ------
+        StoreError
+            There is none, or it is of another version.
+        """
+        path = Path(path)
+        ledger = read_ledger(path, "lattice")
+        if ledger is None:
+            msg = f"{path}: no tiles store; expected the tiles.zarr of an explained image"
+            raise StoreError(msg)
+        try:
+            info = TilesInfo.model_validate(ledger)
+        except ValidationError as error:
+            msg = f"{path}: its ledger is not of this version of gigacam ({error}); use --fresh to begin anew"
+            raise StoreError(msg) from error
+        group = zarr.open_group(path, mode=mode, zarr_format=3, use_consolidated=False)
+        return cls(path, group, info)
+
+    def _resume(self, info: TilesInfo, boxes: NDArray[np.int64]) -> None:
+        changed = [
+            name
+            for name in ("lattice", "classes", "planned", "tiles", "units")
+            if getattr(self.info, name) != getattr(info, name)
+        ]
+        if not changed and not np.array_equal(self._boxes, boxes):
+            changed = ["boxes"]
+        if changed:
+            msg = (
+                f"{self.path}: the same request now plans other tiles ({', '.join(changed)} differ; made with "
+                f"{self.info.versions}, now {info.versions}); use --fresh, which moves the store aside"
+            )
+            raise StoreError(msg)
+        sweep_partials(self.path)
+        if self.info.image.uri != info.image.uri:  # the same image, moved since
+            self.info = self.info.model_copy(update={"image": info.image})
+            self._group.attrs["gigacam"] = self.info.model_dump(mode="json")
+
+    def _array(self, name: str) -> Any:
+        return self._group[name]
+
+    @cached_property
+    def _boxes(self) -> NDArray[np.int64]:
+        return cast("NDArray[np.int64]", self._array("box")[:])
+
+    def boxes(self, rows: NDArray[Any] | None = None) -> NDArray[np.int64]:
+        """`(n, 2, axes)` level-0 boxes of some tiles, or of all: planned ones first."""
+        return self._boxes if rows is None else self._boxes[rows]
+
+    def unit_rows(self, unit: int) -> NDArray[np.int64]:
+        """`(n,)` planned tiles of a unit, ascending."""
+        if not 0 <= unit < self.info.units:
+            msg = f"{self.path}: unit {unit} does not exist; expected 0 to {self.info.units - 1}"
+            raise StoreError(msg)
+        size = self.info.spec.unit
+        return np.arange(unit * size, min((unit + 1) * size, self.info.planned), dtype=np.int64)
+
+    def write_unit(
+        self,
+        unit: int,
+        scores: NDArray[np.float32],
+        target_index: NDArray[np.int32],
+        maps: Mapping[str, NDArray[np.float32]],
+        errors: Mapping[int, str],
+    ) -> int:
+        """Write all of a unit, `status` last; the same values give the same bytes, however often.
+
+        Parameters
+        ----------
+        unit
+            Which.
+        scores
+            `(n, class)` raw outputs of its planned tiles.
+        target_index
+            `(n, target)` class that each map explains.
+        maps
+            Method -> `(n, target, *grid)`.
+        errors
+            Place in the unit (0 to n - 1) -> reason, for each tile that has no map; its values are not stored.
+
+        Returns
+        -------
+        int
+            Bytes before compression.
+
+        Raises
+        ------
+        StoreError
+            A shape or method is not the store's, or a tile without an error has a map that is not finite.
+        """
+        rows = self.unit_rows(unit)
+        failed = np.zeros(len(rows), bool)
+        failed[list(errors)] = True
+        columns: dict[str, NDArray[Any]] = {"target_index": target_index}
+        if self.info.classes:
+            columns["scores"] = scores
+        columns.update({f"maps/{name}": values for name, values in maps.items()})
+        if set(maps) != set(self.info.grids):
+            msg = f"{self.path}: maps of {sorted(maps)}; expected {sorted(self.info.grids)}"
+            raise StoreError(msg)
+        codes = np.zeros(len(rows), np.uint8)
+        texts = np.zeros((len(rows), ERROR_BYTES), np.uint8)
+        for row, reason in errors.items():
+            codes[row], texts[row] = _encode(reason)
+        columns |= {"error": codes, "error_text": texts}
+        for name, values in columns.items():
+            expected = (len(rows), *self._array(name).shape[1:])
+            if values.shape != expected:
+                msg = f"{self.path}: unit {unit}, {name} is {values.shape}; expected {expected}"
+                raise StoreError(msg)
+            if name.startswith("maps/") and not np.isfinite(values[~failed]).all():
+                msg = (
+                    f"{self.path}: unit {unit}, {name}: a tile without an error has a map that is not finite"
+                )
+                raise StoreError(msg)
+        status = np.where(failed, TileStatus.FAILED, TileStatus.DONE).astype(np.uint8)
+        written = 0
+        for name, values in columns.items():
+            if not name.startswith("error"):
+                values = np.where(
+                    failed.reshape(-1, *(1,) * (values.ndim - 1)), self._array(name).fill_value, values
+                )
+            written += self._write_rows(name, rows, values)
+        return written + self._write_rows("status/explain", rows, status, TileStatus.LEFT_OUT)
+
+    def _write_rows(
+        self, name: str, rows: NDArray[np.int64], values: NDArray[Any], rest: int | None = None
+    ) -> int:
+        """Write the whole chunk: the unit's tiles, then `rest` (or fill) for those the plan left out."""
+        array = self._array(name)
+        start = int(rows[0])
+        stop = min(start + self.info.spec.unit, self.info.tiles)
+        chunk = np.full(
+            (stop - start, *array.shape[1:]), array.fill_value if rest is None else rest, array.dtype
+        )
+        chunk[: len(rows)] = values
+        array[start:stop] = chunk
+        return chunk.nbytes
+
+    def fail_unit(self, unit: int, reason: str) -> None:
+        """Mark every tile of a unit that the pool gave up as failed (the driver does this)."""
+        n = len(self.unit_rows(unit))
+        self.write_unit(
+            unit,
+            np.full((n, len(self.info.classes)), np.nan, np.float32),
+            np.full((n, len(self.info.spec.cam.targets)), -1, np.int32),
+            {
+                m: np.full((n, *self._array(f"maps/{m}").shape[1:]), np.nan, np.float32)
+                for m in self.info.grids
+            },
+            dict.fromkeys(range(n), f"given up by the pool: {reason}"),
+        )
+
+    def statuses(self) -> NDArray[np.uint8]:
+        """`(N,)` `TileStatus` of every tile, as it is on disk now."""
+        return cast("NDArray[np.uint8]", self._array("status/explain")[:])
+
+    def statuses_of(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """`(n,)` `TileStatus` of some tiles; only their chunks are read."""
+        return self._rows("status/explain", rows)
+
+    def maps_of(self, method: str, target: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """`(n, *grid)` raw maps of some tiles (ascending) for one target; only their chunks are read."""
+        return self._rows(f"maps/{method}", rows, target)
+
+    def _rows(self, name: str, rows: NDArray[np.int64], *rest: int) -> NDArray[Any]:
+        array = self._array(name)
+        out = np.empty((len(rows), *array.shape[1 + len(rest) :]), array.dtype)
+        size = self.info.spec.unit
+        for a, b in pairwise(np.flatnonzero(np.diff(rows // size, prepend=-1, append=-1)).tolist()):
+            start = int(rows[a] // size * size)
+            out[a:b] = array[(slice(start, min(start + size, array.shape[0])), *rest)][rows[a:b] - start]
+        return out
+
+    def done_rows(self) -> NDArray[np.bool_]:
+        """`(N,)` which tiles have a map."""
+        return np.asarray(self.statuses() == TileStatus.DONE)
+
+    def scores(self) -> NDArray[np.float32]:
+        """`(N, class)` raw outputs of all tiles; NaN where there are none."""
+        if not self.info.classes:
+            return np.empty((self.info.tiles, 0), np.float32)
+        return cast("NDArray[np.float32]", self._array("scores")[:])
+
+    def target_index(self) -> NDArray[np.int32]:
+        """`(N, target)` class that each map explains; -1 where there is no map."""
+        return cast("NDArray[np.int32]", self._array("target_index")[:])
+
+    def pending_units(self) -> list[int]:
+        """Units that have a tile not yet done or failed, ascending."""
+        pending = np.flatnonzero(self.statuses() == TileStatus.PENDING)
+        return cast("list[int]", np.unique(pending // self.info.spec.unit).tolist())
+
+    def counts(self) -> Counts:
+        """Tiles by state."""
+        status = self.statuses()
+        done, failed, left_out = (
+            int((status == s).sum()) for s in (TileStatus.DONE, TileStatus.FAILED, TileStatus.LEFT_OUT)
+        )
+        return Counts(planned=self.info.planned, done=done, failed=failed, left_out=left_out)
+
+    def failures(self) -> tuple[TileFailure, ...]:
+        """Failed tiles with their boxes and reasons, by index."""
+        rows = np.flatnonzero(self.statuses() == TileStatus.FAILED)
+        texts = self._rows("error_text", rows)
+        return tuple(
+            TileFailure(
+                tile=row,
+                box=Box(frame="l0", start=tuple(box[0]), stop=tuple(box[1])),
+                reason=text.tobytes().rstrip(b"\0").decode(),
+            )
+            for row, box, text in zip(rows.tolist(), self._boxes[rows].tolist(), texts, strict=True)
+        )
+
+    def failed_boxes(self) -> NDArray[np.int64]:
+        """`(n, 2, axes)` level-0 boxes of the failed tiles."""
+        return cast("NDArray[np.int64]", self._boxes[self.statuses() == TileStatus.FAILED])
+
+    def reset_failed(self) -> NDArray[np.int64]:
+        """Set failed tiles back to pending, and give their boxes `(n, 2, axes)`.
+
+        Clear the heatmap blocks of `failed_boxes()` first: killed in between, a run then finds blocks to
+        stitch again and nothing stale. Only while no worker runs.
+        """
+        status = self.statuses()
+        failed = status == TileStatus.FAILED
+        if failed.any():
+            status[failed] = TileStatus.PENDING
+            self._array("status/explain")[:] = status
+        return cast("NDArray[np.int64]", self._boxes[failed])
+
+
+def _encode(reason: str) -> tuple[int, NDArray[np.uint8]]:
+    """Code in `ERROR_TABLE`, and padded UTF-8 cut at a whole character."""
+    code = next((i for i, short in enumerate(ERROR_TABLE) if i > 1 and reason.startswith(short)), 1)
+    raw = reason.encode()[:ERROR_BYTES].decode(errors="ignore").encode()
+    return code, np.frombuffer(raw.ljust(ERROR_BYTES, b"\0"), np.uint8)
+
+
+def differing_fields(found: Any, expected: Any, name: str = "") -> list[str]:
+    """Dotted names of the leaves in which two JSON values differ, each with both values."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return [
+            line
+            for key in sorted({*found, *expected})
+            for line in differing_fields(found.get(key), expected.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if found == expected else [f"{name} (there {found!r}, asked {expected!r})"]
+
+
+def _write_new(path: Path, info: TilesInfo, boxes: NDArray[np.int64]) -> None:
+    """All arrays of a new store; status 3 for the rows that the plan left out."""
+    group = zarr.create_group(path, zarr_format=3, attributes={"gigacam": info.model_dump(mode="json")})
+    tiles, axes, targets = info.tiles, len(info.lattice.shape_l0), len(info.spec.cam.targets)
+    nan = float("nan")
+
+    def array(name: str, dtype: str, fill: float, row: tuple[int, ...], rows: int, one: bool = False) -> Any:
+        return group.create_array(
+            name,
+            shape=(tiles, *row),
+            chunks=(min(rows, max(tiles, 1)), *((1, *row[1:]) if one else row)),
+            dtype=dtype,
+            fill_value=fill,
+            compressors=_COMPRESSOR,
+        )
+
+    unit = info.spec.unit
+    array("box", "int64", 0, (2, axes), _BOX_ROWS)[:] = boxes
+    status = array("status/explain", "uint8", TileStatus.PENDING, (), unit)
+    array("error", "uint8", 0, (), unit).attrs["table"] = list(ERROR_TABLE)
+    array("error_text", "uint8", 0, (ERROR_BYTES,), unit)
+    if info.classes:
+        array("scores", "float32", nan, (len(info.classes),), unit)
+    array("target_index", "int32", -1, (targets,), unit)
+    for method, grid in info.grids.items():
+        # one target a chunk: a stitch task reads one channel at a time
+        array(f"maps/{method}", "float32", nan, (targets, *grid.shape), unit, one=True)
+    if info.planned < tiles:
+        left_out = np.zeros(tiles, np.uint8)
+        left_out[info.planned :] = TileStatus.LEFT_OUT
+        status[:] = left_out
