@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.networks.nets import DenseNet
+from monai.networks.nets.densenet import DenseNet
 from safetensors.torch import save_file
 
 from schemas.model import CamLayer, InputSpec, ModelCard, NetworkSpec, OutputSpec
