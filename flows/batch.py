@@ -16,7 +16,7 @@ from schemas.image import ImageRequest
 from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport
 from workers.pool import Pool, open_pool
 from workers.publisher import write_run_report
-from workers.readers import expand, identity_of
+from workers.readers import expand, open_image
 
 log = logging.getLogger("gigacam")
 
@@ -109,7 +109,9 @@ def _one_image(
     claims = Claims()
     for image in images:
         try:
-            claims.claim(identity_of(image.uri), image.uri)
+            reader = open_image(image.uri, image.options)
+            claims.claim(reader.meta.identity, image.uri)
+            reader.close()
         except (GigacamError, OSError) as error:
             # It fails by name when its turn comes; here only duplicates matter.
             log.debug("no identity for %s: %s", image.uri, error)

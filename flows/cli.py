@@ -36,7 +36,10 @@ ModelCardPath = Annotated[str, typer.Option("--model", help="Model card (model.t
 Out = Annotated[str, typer.Option("--out", help="Output folder.")]
 Methods = Annotated[str, typer.Option("--method", help="CAM methods, comma separated; see gigacam methods.")]
 Targets = Annotated[
-    str, typer.Option("--target", help="Class name, index, predicted or all; comma separated. Default: the card's.")
+    str,
+    typer.Option(
+        "--target", help="Class name, index, predicted or all; comma separated. Default: the card's."
+    ),
 ]
 Mpp = Annotated[float | None, typer.Option("--mpp", help="Slide pixel size in um; overrides the file's.")]
 Spacing = Annotated[str, typer.Option("--spacing", help="Voxel size in mm, z,y,x; overrides the file's.")]
@@ -59,7 +62,9 @@ CellCentres = Annotated[
 Upsampling = Annotated[bool, typer.Option("--allow-upsampling", help="Read finer than the source.")]
 PoolKind = Annotated[str, typer.Option("--pool", help="auto, serial or ray.")]
 Address = Annotated[str, typer.Option("--ray-address", help="Ray cluster; empty starts a local one.")]
-WorkerCount = Annotated[int | None, typer.Option("--workers", help="Ray actors. Default: one a GPU, else a CPU.")]
+WorkerCount = Annotated[
+    int | None, typer.Option("--workers", help="Ray actors. Default: one a GPU, else a CPU.")
+]
 Threads = Annotated[int | None, typer.Option("--threads", help="torch threads a worker.")]
 ImageIdStyle = Annotated[str, typer.Option("--image-id", help="stem (name and digest) or hash.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
@@ -314,7 +319,7 @@ def _pool(kind: str, address: str, workers: int | None, threads: int | None) -> 
     from schemas.run import PoolSettings
 
     try:
-        return PoolSettings(kind=kind, address=address, workers=workers, threads=threads)  # type: ignore[arg-type]
+        return PoolSettings(kind=kind, address=address, workers=workers, threads=threads)
     except ValidationError as error:
         raise SpecError(_flag_errors(error)) from error
 
@@ -376,7 +381,9 @@ def _options(
 
         print(f"gigacam {installed('gigacam')}")
         raise typer.Exit(EXIT_OK)
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s"
+    )
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from flows.progress import Lines
 from schemas.geometry import Box
+from schemas.grid import TissueSpec
 from schemas.image import ReadOptions
 from schemas.run import ExplainRequest, PoolSettings, RunReport
 from workers.metrics.planted import at_pixel_centres, lesion_scores, rim_scores
@@ -101,7 +102,7 @@ def _slide_table(slide: Path, truth: Path, folder: Path) -> dict[str, dict[str, 
     pixels, downsample, _ = read_overview(reader, spacing=(8.0, 8.0))
     reader.close()
     size = tuple(s * d for s, d in zip(heatmap.info.spacing, downsample, strict=True))
-    mask = tissue_mask(pixels, size).mask
+    mask = tissue_mask(pixels, size, TissueSpec()).mask
     shape, step = grid.levels[0], grid.downsample[0]
     tissue = at_pixel_centres(mask, downsample, shape, step).astype(bool)
     planted = at_pixel_centres(_whole(str(truth), options), (1.0, 1.0), shape, step)
@@ -130,14 +131,14 @@ def _volume_table(volume: Path, truth: Path, folder: Path) -> dict[str, dict[str
     return table
 
 
-def _whole(uri: str, options: ReadOptions) -> NDArray[np.generic]:
+def _whole(uri: str, options: ReadOptions) -> NDArray[Any]:
     """First channel of a small image at level 0."""
     reader = open_image(uri, options)
     shape = reader.meta.shape_l0
     box = Box(frame="l0", start=(0,) * len(shape), stop=shape)
     pixels, _ = reader.read(box, shape, 0)
     reader.close()
-    first: NDArray[np.generic] = pixels[0]
+    first: NDArray[Any] = pixels[0]
     return first
 
 
@@ -155,7 +156,9 @@ def _print_scores(table: dict[str, dict[str, float]]) -> None:
     first = next(iter(table))
     for column in columns:
         verdict = "reached" if table[first][column] >= TARGETS[column] else "MISSED"
-        print(f"{first}: {column} {table[first][column]:.3f}, expected at least {TARGETS[column]:.2f}: {verdict}")
+        print(
+            f"{first}: {column} {table[first][column]:.3f}, expected at least {TARGETS[column]:.2f}: {verdict}"
+        )
 
 
 def _timed(what: str, do: Callable[[], T]) -> T:

@@ -19,7 +19,8 @@ from prefect.artifacts import (  # noqa: E402
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE  # noqa: E402
-from prefect.states import Completed, Failed, State  # noqa: E402
+from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.states import Completed, Failed  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from flows.batch import One, explain_batch, list_images  # noqa: E402
@@ -147,13 +148,17 @@ def _publish(report: RunReport) -> None:
         }
         for image in report.images
     ]
-    create_table_artifact(key="explain-batch", table=rows, description=f"{report.pool}, {report.seconds:.0f} s")
+    create_table_artifact(
+        key="explain-batch", table=rows, description=f"{report.pool}, {report.seconds:.0f} s"
+    )
     dead = [image for image in report.images if image.status in ("failed", "gaps")]
     if dead:
         lines = ["# Not complete", ""]
         for image in dead:
             lines.append(f"- **{Path(image.image).name}** ({image.status}): {image.error}")
-            lines += [f"  - tile {f.tile} at {f.box.start} to {f.box.stop}: {f.reason}" for f in image.failures[:50]]
+            lines += [
+                f"  - tile {f.tile} at {f.box.start} to {f.box.stop}: {f.reason}" for f in image.failures[:50]
+            ]
             lines += [f"  - {line}" for line in image.failed_tasks[:50]]
         create_markdown_artifact(key="explain-dead-letter", markdown="\n".join(lines))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ from schemas.image import ImageRequest, ReadOptions
 from schemas.model import ModelCard, ModelFacts
 from schemas.run import (
     BlockTask,
-    Counts,
     ExplainRequest,
     HeatmapInfo,
     ImageReport,
@@ -47,8 +47,8 @@ from workers.readers import open_image
 from workers.readers.overview import read_mask, read_overview
 from workers.readers.reader import Reader
 from workers.readers.regions import read_polygons
-from workers.stitcher import Stitcher, StitchInit, block_dependencies
-from workers.stitching.grid import heatmap_grid
+from workers.stitcher import Stitcher, StitchInit
+from workers.stitching.grid import block_dependencies, heatmap_grid
 from workers.store.heatmap import HeatmapStore
 from workers.store.tiles import TilesStore
 from workers.tiling.plan import DEFAULT_UNIT, Plan, heatmap_bytes, make_plan, peak_memory_bytes, tiles_bytes
@@ -97,7 +97,8 @@ def open_model(request: ExplainRequest) -> Model:
     if unknown:
         msg = f"--method {','.join(unknown)}: unknown; the methods are {', '.join(METHODS)}"
         raise SpecError(msg)
-    facts = model_facts(loaded, request.layer or loaded.card.cam.layer, request.targets, request.tile)
+    layer = request.layer or loaded.card.cam.layer
+    facts = model_facts(loaded, layer, request.targets, request.tile, request.cell_centres)
     return Model(str(Path(request.model).resolve()), loaded.card, facts)
 
 
@@ -162,10 +163,12 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         notes += found.notes
         for box in bad:
             # Whether an unreadable place is tissue is unknown: it is tried, and fails by name.
-            mask[tuple(
-                slice(int(a // d), int(np.ceil(b / d)))
-                for a, b, d in zip(box.start, box.stop, downsample, strict=True)
-            )] = True
+            mask[
+                tuple(
+                    slice(int(a // d), int(np.ceil(b / d)))
+                    for a, b, d in zip(box.start, box.stop, downsample, strict=True)
+                )
+            ] = True
         if bad:
             notes.append(f"{len(bad)} places of the overview could not be read and are tried as tissue")
     unit = request.unit or DEFAULT_UNIT[meta.kind]
@@ -203,24 +206,24 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         versions=versions(),
     )
     folder = Path(request.out) / meta.image_id(request.image_id)
-    heatmap = _heatmap_info(tiles, request.heatmap, map_grid)
+    heatmap = _heatmap_info(tiles, request.heatmap, map_grid, model.facts)
     return Job(image, folder, plan, tiles, heatmap, method, fraction, tuple(notes))
 
 
-def _heatmap_info(tiles: TilesInfo, asked: HeatmapSpec, map_grid: MapGrid) -> HeatmapInfo:
+def _heatmap_info(tiles: TilesInfo, asked: HeatmapSpec, map_grid: MapGrid, facts: ModelFacts) -> HeatmapInfo:
     meta, cam = tiles.image, tiles.spec.cam
     downsample = asked.downsample or auto_downsample(meta.kind, meta.shape_l0, map_grid.cell_l0)
     channels = tuple(
         ChannelInfo(
             method=name,
             target=target,
-            target_index=None if target == "predicted" else tiles.classes.index(target),
+            target_index=index,
             unit=METHODS[name].info.unit,
             signed=METHODS[name].info.signed,
             grid=map_grid.shape,
         )
         for name in cam.methods
-        for target in cam.targets
+        for target, index in zip(facts.targets, facts.target_index, strict=True)
     )
     spec = asked.model_copy(update={"downsample": downsample})
     return HeatmapInfo(
@@ -345,12 +348,13 @@ def _compute(
     tell: Callable[[Event], None],
 ) -> ImageReport:
     notes = list(job.notes)
-    tiles = TilesStore.create(
-        job.folder / "tiles.zarr", job.tiles, job.plan.boxes, fresh=request.fresh
+    tiles = TilesStore.create(job.folder / "tiles.zarr", job.tiles, job.plan.boxes, fresh=request.fresh)
+    heatmap = HeatmapStore.create(
+        job.folder / "heatmap.ome.zarr", job.heatmap, job.folder.name, fresh=request.fresh
     )
-    heatmap = HeatmapStore.create(job.folder / "heatmap.ome.zarr", job.heatmap, fresh=request.fresh)
     if request.retry_failed:
-        heatmap.clear_touching(tiles.reset_failed())
+        heatmap.clear_blocks(tiles.failed_boxes())
+        tiles.reset_failed()
     stages = _Stages(job, model, settings, tiles, heatmap)
     run = _Run(job, name, pool, stages, tiles, heatmap, tell)
     clock = time.perf_counter()
@@ -358,7 +362,7 @@ def _compute(
     seconds = {"explain+stitch": time.perf_counter() - clock, **run.seconds}
     clock = time.perf_counter()
     tell(Event(name, "publish"))
-    failures = tiles.failures()
+    failures = tuple(tiles.failures())
     if not run.blocks_lost:
         publish_heatmap(heatmap)
     seconds["publish"] = time.perf_counter() - clock
@@ -373,9 +377,7 @@ def _compute(
         reader.close()
     seconds["export"] = time.perf_counter() - clock
     if run.tiles_computed and run.seconds.get("explain"):
-        keep_rate(
-            digest(model.facts.card), pick_device("auto"), run.tiles_computed / run.seconds["explain"]
-        )
+        keep_rate(digest(model.facts.card), pick_device("auto"), run.tiles_computed / run.seconds["explain"])
     counts = tiles.counts()
     if counts.planned == 0:
         notes.append(f"no tile holds enough tissue ({job.tissue_method}): nothing was computed")
@@ -388,7 +390,7 @@ def _compute(
         status=status,
         error=_gap_line(job, len(failures), counts.planned, failures[0].reason if failures else "", run.lost),
         output=str(job.folder),
-        counts=Counts(**counts.model_dump()),
+        counts=counts,
         failures=failures,
         failed_tasks=tuple(run.lost),
         prediction=predictions(tiles),
@@ -397,6 +399,7 @@ def _compute(
         display=heatmap.info.display,
         seconds=seconds,
         notes=tuple(dict.fromkeys([*notes, *run.notes])),
+        flags=dict(run.flags),
         provenance={
             "tiles_id": job.tiles.tiles_id,
             "run_id": job.heatmap.run_id,
@@ -457,16 +460,17 @@ class _Run:
         self._name, self._pool, self._stages, self._tell = name, pool, stages, tell
         self._tiles, self._heatmap = tiles, heatmap
         self.pending = tiles.pending_units()
-        grid = job.heatmap.grid
+        plan = job.plan
         self._order = BlockOrder(
-            tuple(grid.blocks(level) for level in range(len(grid.levels))),
-            block_dependencies(grid, job.plan.boxes, job.plan.unit, job.plan.planned),
-            {level: heatmap.done_blocks(level) for level in range(len(grid.levels))},
-            set(range(job.plan.units)) - set(self.pending),
+            job.heatmap.grid,
+            block_dependencies(job.heatmap.grid, plan.boxes, plan.unit, plan.planned),
+            heatmap.pending_blocks(),
+            set(range(plan.units)) - set(self.pending),
         )
         self.lost: list[str] = []
         self.blocks_lost = False
         self.notes: list[str] = []
+        self.flags: Counter[str] = Counter()
         self.seconds: dict[str, float] = {}
         self.tiles_computed = 0
         self._began = time.perf_counter()
@@ -479,17 +483,19 @@ class _Run:
         self._tell(Event(self._name, "explain", done, total, failed))
         for report in self._pool.run(self._stages.explain, tasks):
             assert isinstance(report.task, UnitTask)
+            unit, given_up = report.task.unit, report.failed
             if report.error:
-                self._tiles.fail_unit(report.task.unit, report.error)
+                self._tiles.fail_unit(unit, report.error)
                 self.lost.append(f"{report.key}: {report.error}")
-                report = report.model_copy(update={"failed": len(self._tiles.unit_rows(report.task.unit))})
+                given_up = len(self._tiles.unit_rows(unit))
             self._add(report.seconds_by, "explain", report.seconds)
             self.notes.extend(report.notes)
+            self.flags.update(report.flags)
             self.tiles_computed += report.done
-            done, failed = done + report.done + report.failed, failed + report.failed
+            done, failed = done + report.done + given_up, failed + given_up
             rate = self.tiles_computed / max(1e-9, time.perf_counter() - self._began)
             self._tell(Event(self._name, "explain", min(done, total), total, failed, rate))
-            self._stitch(self._order.unit_done(report.task.unit))
+            self._stitch(self._order.unit_done(unit))
 
     def _stitch(self, tasks: list[BlockTask]) -> None:
         while tasks:

@@ -59,7 +59,9 @@ def report_lines(report: RunReport, out: str) -> list[str]:
             line += f"  {image.output}"
         lines.append(line)
         lines += [f"            note: {note}" for note in image.notes]
-    lines.append(f"{len(report.images)} images in {report.seconds:.1f} s on {report.pool}; {Path(out) / 'run.json'}")
+    lines.append(
+        f"{len(report.images)} images in {report.seconds:.1f} s on {report.pool}; {Path(out) / 'run.json'}"
+    )
     return lines
 
 
@@ -101,8 +103,8 @@ def json_schemas() -> dict[str, type[BaseModel]]:
 
 
 def _times(values: Sequence[float]) -> str:
-    if len(set(values)) == 1 and isinstance(values[0], int) and values[0] < 100:
-        return f"{values[0]}"
+    if len(set(values)) == 1 and float(values[0]).is_integer() and values[0] < 100:
+        return f"{values[0]:.0f}"
     return " x ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
 
 

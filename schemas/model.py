@@ -164,9 +164,11 @@ class ModelFacts(Frozen):
     card: dict[str, Any]
     """The resolved card: weights by digest, no path."""
     classes: tuple[str, ...]
-    """Name of each score; `output 3` where the card names none."""
+    """Name of each score, in the network's order."""
     targets: tuple[str, ...]
     """Resolved: no index, no `all`."""
+    target_index: tuple[int | None, ...]
+    """Class of each target; None for `predicted`."""
     layer: str
     tile: tuple[int, ...]
     cells: CellGeometry

@@ -151,6 +151,8 @@ class Report(Frozen):
     attempts: int = 1
     worker: str = ""
     notes: tuple[str, ...] = ()
+    flags: dict[str, int] = Field(default_factory=dict)
+    """How many maps carry a flag, such as `eigencam doubtful`."""
 
 
 class PoolSettings(Frozen):
@@ -203,6 +205,8 @@ class ImageReport(Frozen):
     display: tuple[tuple[float, float], ...] = ()
     seconds: dict[str, float] = Field(default_factory=dict)
     """Wall seconds a stage, and summed worker seconds a part."""
+    flags: dict[str, int] = Field(default_factory=dict)
+    """How many tile maps computed in this run carry a flag, such as `gradcam empty`."""
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -18,10 +18,11 @@ from schemas.errors import ModelError, SourceError
 from schemas.frozen import Frozen, digest
 from schemas.geometry import Box
 from schemas.run import Report, TilesInfo, UnitTask
-from workers.cam.methods import explain
+from workers.cam.methods import MapFlag, explain
+from workers.cam.targets import resolve
 from workers.models.adapter import ModelAdapter
 from workers.models.card import load_card, resolved
-from workers.models.load import load_model
+from workers.models.cnn import load_model
 from workers.pool import Task
 from workers.readers import open_image
 from workers.readers.reader import Reader
@@ -45,17 +46,17 @@ class ExplainInit(Frozen):
 
 
 @lru_cache(maxsize=2)
-def _model(card_path: str, card_digest: str, layer: str, device: str) -> ModelAdapter:
+def _model(card_path: str, card_digest: str, layer: str, device: str, tile: tuple[int, ...]) -> ModelAdapter:
     """Load once a process, whichever image comes next; the digest is part of the key."""
     loaded = load_card(card_path)
-    found = digest(resolved(loaded))
+    found = digest(resolved(loaded.card))
     if found != card_digest:
         msg = (
             f"{card_path}: the card or its weights changed since the run was planned "
             f"(digest {found[:12]}, expected {card_digest[:12]}); restore it, or explain again with --fresh"
         )
         raise ModelError(msg)
-    return load_model(loaded, device=device, layer=layer)
+    return load_model(loaded, device=device, layer=layer, tile=tile)
 
 
 def pick_device(asked: str) -> str:
@@ -80,7 +81,8 @@ class Explainer:
         self.info: TilesInfo = self.store.info
         self.device = pick_device(init.device)
         spec = self.info.spec
-        self.model = _model(init.model, digest(spec.card), spec.cam.layer, self.device)
+        self.model = _model(init.model, digest(spec.card), spec.cam.layer, self.device, spec.grid.tile_px)
+        self.targets = resolve(spec.cam.targets, self.model.card.output, self.model.n_outputs)
         self._readers = _ReaderPerThread(self.info)
         self._decoders = ThreadPoolExecutor(init.decode_threads, thread_name_prefix="decode")
         self._readers.check()
@@ -92,9 +94,10 @@ class Explainer:
             raise TypeError(msg)
         began = time.perf_counter()
         rows = self.store.unit_rows(task.unit)
-        boxes = self.store.boxes(rows)
+        boxes = self.store.boxes(np.arange(rows.start, rows.stop))
         errors: dict[int, str] = {}
         notes: list[str] = []
+        flags: Counter[str] = Counter()
         parts = {"decode": 0.0, "compute": 0.0}
         scores: list[NDArray[np.float32]] = []
         index: list[NDArray[np.int32]] = []
@@ -102,7 +105,7 @@ class Explainer:
         for first, pixels, bad in self._batches(boxes, parts):
             errors.update({first + i: reason for i, reason in bad.items()})
             clock = time.perf_counter()
-            out = self._explain(pixels, notes)
+            out = self._explain(pixels, notes, flags)
             parts["compute"] += time.perf_counter() - clock
             scores.append(out[0])
             index.append(out[1])
@@ -111,7 +114,7 @@ class Explainer:
         stacked = {name: np.concatenate(values) for name, values in maps.items()}
         all_scores, all_index = np.concatenate(scores), np.concatenate(index)
         for row in _not_finite(all_scores, stacked):
-            errors.setdefault(int(row), "the network gave values that are not finite")
+            errors.setdefault(int(row), "non-finite map: the network gave values that are not finite")
         for row in errors:
             all_scores[row] = np.nan
             for values in stacked.values():
@@ -129,6 +132,7 @@ class Explainer:
             seconds_by=parts,
             bytes_written=written,
             notes=tuple(dict.fromkeys(notes)),
+            flags=dict(flags),
         )
 
     def _batches(
@@ -156,23 +160,26 @@ class Explainer:
             yield first, pixels, bad
 
     def _explain(
-        self, pixels: NDArray[Any], notes: list[str]
+        self, pixels: NDArray[Any], notes: list[str], flags: Counter[str]
     ) -> tuple[NDArray[np.float32], NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """Explain a mini-batch; on out-of-memory, in halves, which is noted since it changes the bits."""
         cam = self.info.spec.cam
         try:
             x = self.model.prepare(pixels)
-            out = explain(self.model.net, x, self.model.targets(cam.targets), cam.methods)
+            out = explain(self.model.net, x, self.targets, cam.methods)
         except torch.OutOfMemoryError:
             if len(pixels) == 1:
                 raise
             torch.cuda.empty_cache()
             half = -(-len(pixels) // 2)
             notes.append(f"out of device memory at batch {len(pixels)}: computed in halves")
-            a, b = self._explain(pixels[:half], notes), self._explain(pixels[half:], notes)
+            a, b = self._explain(pixels[:half], notes, flags), self._explain(pixels[half:], notes, flags)
             joined = {m: np.concatenate([a[2][m], b[2][m]]) for m in a[2]}
             return np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]]), joined
-        notes.extend(out.flags)
+        for name, bits in out.flags.items():
+            for flag in MapFlag:
+                count = int(((bits & int(flag)) > 0).sum())
+                flags.update({f"{name} {str(flag.name).lower().replace('_', ' ')}": count} if count else {})
         return (
             out.scores.float().cpu().numpy(),
             out.target_index.to(torch.int32).cpu().numpy(),
@@ -224,11 +231,11 @@ class _ReaderPerThread:
             reader.close()
 
 
-def _gather(
-    futures: list[Future[NDArray[Any]]], info: TilesInfo
-) -> tuple[NDArray[Any], dict[int, str]]:
-    """Stack what was read; a tile that could not be keeps its slot as zeros, since a batch's shape
-    changes the bits of its neighbours."""
+def _gather(futures: list[Future[NDArray[Any]]], info: TilesInfo) -> tuple[NDArray[Any], dict[int, str]]:
+    """Stack what was read; a tile that could not be keeps its slot, as zeros.
+
+    A batch's shape changes the bits of its members, so that none may drop out.
+    """
     tiles: list[NDArray[Any] | None] = []
     bad: dict[int, str] = {}
     for i, future in enumerate(futures):
@@ -236,16 +243,14 @@ def _gather(
             tiles.append(future.result())
         except (SourceError, OSError) as error:
             tiles.append(None)
-            bad[i] = str(error)
+            bad[i] = f"read: {error}"
     like = next((t for t in tiles if t is not None), None)
     shape = like.shape if like is not None else (info.image.channels, *info.lattice.tile_px)
     dtype = like.dtype if like is not None else np.dtype(np.float32)
     return np.stack([np.zeros(shape, dtype) if t is None else t for t in tiles]), bad
 
 
-def _not_finite(
-    scores: NDArray[np.float32], maps: dict[str, NDArray[np.float32]]
-) -> NDArray[np.int64]:
+def _not_finite(scores: NDArray[np.float32], maps: dict[str, NDArray[np.float32]]) -> NDArray[np.int64]:
     finite = np.isfinite(scores).all(axis=1)
     for values in maps.values():
         finite &= np.isfinite(values.reshape(len(values), -1)).all(axis=1)

@@ -10,6 +10,7 @@ import numpy as np
 
 from schemas.frozen import Frozen
 from schemas.geometry import Box
+from schemas.heatmap import TileStatus
 from schemas.run import ImageReport, Prediction, RunReport
 from workers.store.heatmap import HeatmapStore
 from workers.store.statistics import channel_statistics
@@ -25,7 +26,7 @@ def publish_heatmap(heatmap: HeatmapStore) -> None:
 def predictions(tiles: TilesStore) -> tuple[Prediction, ...]:
     """Mean and highest score of each class over the tiles that were computed."""
     scores = tiles.scores()
-    done = np.flatnonzero(tiles.done_rows())
+    done = np.flatnonzero(tiles.statuses() == TileStatus.DONE)
     if not len(done):
         return ()
     best = done[np.argmax(scores[done], axis=0)]

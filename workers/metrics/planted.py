@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,8 +14,8 @@ RIM_MINUS, RIM_CORE, RIM_SHELL = 1, 2, 3
 
 
 def at_pixel_centres(
-    array: NDArray[np.generic], array_downsample: tuple[float, ...], shape: tuple[int, ...], downsample: int
-) -> NDArray[np.generic]:
+    array: NDArray[Any], array_downsample: tuple[float, ...], shape: tuple[int, ...], downsample: int
+) -> NDArray[Any]:
     """Value of `array` `(*S)` under the centre of each heatmap pixel: `(*shape)`.
 
     Parameters
@@ -27,12 +29,11 @@ def at_pixel_centres(
     for n, own, size in zip(shape, array_downsample, array.shape, strict=True):
         centre_l0 = (np.arange(n) + 0.5) * downsample
         index.append(np.clip((centre_l0 / own).astype(np.int64), 0, size - 1))
-    return array[np.ix_(*index)]
+    found: NDArray[Any] = array[np.ix_(*index)]
+    return found
 
 
-def lesion_scores(
-    values: NDArray[np.floating], truth: NDArray[np.integer], tissue: NDArray[np.bool_]
-) -> dict[str, float]:
+def lesion_scores(values: NDArray[Any], truth: NDArray[Any], tissue: NDArray[np.bool_]) -> dict[str, float]:
     """AUROC of lesion pixels on the demo slide; all arrays `(y, x)`, NaN where nobody looked."""
     seen = np.isfinite(values)
     in_tissue = seen & (tissue | (truth > 0))
@@ -43,7 +44,7 @@ def lesion_scores(
     }
 
 
-def rim_scores(values: NDArray[np.floating], truth: NDArray[np.integer]) -> dict[str, float]:
+def rim_scores(values: NDArray[Any], truth: NDArray[Any]) -> dict[str, float]:
     """AUROC of rim+ lesions on the rim phantom; arrays `(z, y, x)`, NaN where nobody looked."""
     seen = np.isfinite(values)
     lesions = seen & (truth > 0)

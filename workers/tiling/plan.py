@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +93,7 @@ def _region_mask(
     mask = np.zeros(shape, bool)
     for points in polygons:
         rows, cols = (np.asarray(points, float) * np.divide(shape, shape_l0)).T
-        mask[polygon(rows, cols, shape)] = True
+        mask[polygon(rows, cols, shape)] = True  # type: ignore[no-untyped-call]
         # The outline too, so that a region thinner than a raster pixel is not lost.
         mask[polygon_perimeter(rows.astype(int), cols.astype(int), shape, clip=True)] = True
     return mask
@@ -100,14 +101,14 @@ def _region_mask(
 
 def tiles_bytes(plan: Plan, grids: dict[str, MapGrid], classes: int, targets: int) -> int:
     """Uncompressed size of `tiles.zarr`."""
-    axes = plan.boxes.shape[2]
-    cells = sum(int(np.prod(g.shape)) for g in grids.values())
+    axes: int = plan.boxes.shape[2]
+    cells = sum(math.prod(g.shape) for g in grids.values())
     return plan.tiles * (2 * axes * 8 + 2 + 4 * classes + 4 * targets + 4 * targets * cells)
 
 
 def heatmap_bytes(grid: HeatmapGrid, channels: int) -> int:
     """Uncompressed size of the heatmap with its pyramid, peaks and coverage."""
-    pixels = [int(np.prod(level)) for level in grid.levels]
+    pixels = [math.prod(level) for level in grid.levels]
     return sum(pixels) * (4 * channels + 1) + sum(pixels[1:]) * 4 * channels
 
 
@@ -118,6 +119,6 @@ def peak_memory_bytes(plan: Plan, grid: HeatmapGrid, channels: int, batch: int, 
     to need, so this is an order of magnitude, not a promise.
     """
     libraries = 600 << 20
-    tile = int(np.prod(plan.lattice.tile_px)) * (channels * 4)
-    block = int(np.prod(grid.shards[0])) * (4 + 8 + 8 + 1)
+    tile = math.prod(plan.lattice.tile_px) * (channels * 4)
+    block = math.prod(grid.shards[0]) * (4 + 8 + 8 + 1)
     return libraries + weights_bytes + 40 * batch * tile + 2 * block
