@@ -150,7 +150,7 @@ class _Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             pooled = self._pool(*args)
             return (pooled, torch.zeros_like(pooled, dtype=torch.long)) if "indices" in name else pooled
         if name.startswith("avg_pool"):
-            return self._pool(*args[:4], ceil_mode=any(args[4:5]))
+            return self._average(*args)
         if name.startswith("adaptive_max_pool"):
             pooled = _adaptive(args[0], args[1])
             return pooled, torch.zeros_like(pooled, dtype=torch.long)
@@ -184,6 +184,11 @@ class _Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         convolve = _CONVOLVE[n - 1]
         out = convolve(mixed, window, stride=_each(stride, n), dilation=_each(dilation, n))
         return out.expand(-1, weight.shape[0], *out.shape[2:]).contiguous()
+
+    def _average(
+        self, x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False, *_: Any
+    ) -> Tensor:
+        return self._pool(x, kernel, stride, padding, 1, ceil_mode)
 
     def _pool(
         self,

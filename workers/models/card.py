@@ -69,7 +69,10 @@ def write_card(path: str | Path, card: ModelCard) -> None:
     lines = [f"{k} = {_toml(v)}" for k, v in top.items()]
     for name, section in sections.items():
         if isinstance(section, dict):
-            lines += ["", f"[{name}]", *(f"{_key(k)} = {_toml(v)}" for k, v in section.items())]
+            filled = {
+                k: v for k, v in section.items() if v not in ("", [], {})
+            }  # what is empty is so by default
+            lines += ["", f"[{name}]", *(f"{_key(k)} = {_toml(v)}" for k, v in filled.items())]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

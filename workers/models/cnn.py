@@ -18,7 +18,8 @@ from workers.cam.geometry import measure_cells
 from workers.cam.targets import resolve
 from workers.models.adapter import ModelAdapter
 from workers.models.card import LoadedCard
-from workers.models.checkpoint import load_weights
+from workers.models.checkpoint import check_digest, load_weights
+from workers.models.exported import load_exported, load_scripted_pair
 from workers.models.networks import factory_network, monai_network
 
 
@@ -72,7 +73,7 @@ def load_model(
     place = torch.device(device)
     size = tile or card.input.tile
     try:
-        net = _split(loaded, layer, place)
+        net = _split(loaded, layer, size, place)
         n_outputs = _preflight(net, card, size, place)
         cells = measure_cells(net, (card.input.channels, *size))
     except ModelError as error:
@@ -125,8 +126,10 @@ def prepare(pixels: NDArray[Any] | Tensor, spec: InputSpec, device: torch.device
     return x
 
 
-def _split(loaded: LoadedCard, layer: str, device: torch.device) -> SplitNet:
+def _split(loaded: LoadedCard, layer: str, tile: tuple[int, ...], device: torch.device) -> SplitNet:
     spec = loaded.card.network
+    if spec.adapter == "export":
+        return _program(loaded, layer, tile, device)
     if spec.adapter == "monai":
         network = monai_network(spec.name, spec.args)
         if not spec.weights:
@@ -137,6 +140,24 @@ def _split(loaded: LoadedCard, layer: str, device: torch.device) -> SplitNet:
     if spec.weights:
         load_weights(network, loaded.folder / spec.weights, spec.sha256)
     return HookedNet(network.eval().requires_grad_(False).to(device), layer)
+
+
+def _program(loaded: LoadedCard, layer: str, tile: tuple[int, ...], device: torch.device) -> SplitNet:
+    spec = loaded.card.network
+    if spec.weights:
+        path = loaded.folder / spec.weights
+        check_digest(path, spec.sha256)
+        net = load_exported(path, layer, (loaded.card.input.channels, *tile))
+    else:
+        if layer != loaded.card.cam.layer:
+            msg = f"layer {layer!r} is asked for, but a trunk and tail pair is cut where its card says: {loaded.card.cam.layer!r}"
+            raise ModelError(msg)
+        trunk, tail = loaded.folder / spec.trunk, loaded.folder / spec.tail
+        check_digest(trunk, spec.trunk_sha256)
+        check_digest(tail, spec.tail_sha256)
+        net = load_scripted_pair(trunk, tail, layer)
+    net.module.requires_grad_(False).to(device)
+    return net
 
 
 def _preflight(net: SplitNet, card: ModelCard, tile: tuple[int, ...], device: torch.device) -> int:
