@@ -79,7 +79,6 @@ def strongest(values: da.Array, threads: int | None = None) -> tuple[int, ...] |
 def _one(
     values: da.Array, signed: bool, threads: int | None
 ) -> tuple[tuple[float, float], tuple[float, float], int]:
-    values = values.astype(np.float64)
     finite = da.isfinite(values)
     extremes = _compute(
         threads,
