@@ -290,9 +290,9 @@ class Dispatcher:
         for call in reversed(calls[1:]):
             if call.job is not None and call.job is not slot.alone and call.run.open:
                 call.run.waiting.appendleft(call.job)
+        self._restart(slot)
         if calls and calls[0].run.open:
             self._charge(slot, calls[0], error)
-        self._restart(slot)
 
     def _charge(self, slot: _Slot, call: _Call, error: WorkerLostError) -> None:
         guilty = call.job or call.run

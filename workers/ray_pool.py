@@ -10,7 +10,8 @@ import socket
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from schemas.errors import GigacamError, WorkerLostError
 from schemas.run import PoolSettings, Report
@@ -25,6 +26,8 @@ for _name in (
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
 ):
     os.environ.setdefault(_name, "0")
+# Ray prints a paragraph on stdout for every worker that dies; we say so ourselves, and stdout is for results.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 
 import ray  # noqa: E402
 from ray.exceptions import RayError, RayTaskError  # noqa: E402
@@ -83,38 +86,21 @@ class RayPool:
     """
 
     def __init__(self, settings: PoolSettings, stall_s: float = 600.0) -> None:
-        threads = settings.threads or 1
-        wanted = settings.workers * threads if settings.workers else None
-        self._started = start_ray(settings.address, max(wanted or 0, os.cpu_count() or 1) if wanted else None)
+        cores = (settings.workers or 0) * (settings.threads or 1)
+        self._started = start_ray(settings.address, max(cores, os.cpu_count() or 1) if cores else None)
         try:
             offer: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             cpus, gpus = int(offer.get("CPU", 0)), int(offer.get("GPU", 0))
-            lanes: list[tuple[str, int]] = []
-            if gpus:
-                devices = min(gpus, settings.workers or gpus)
-                # Half of the CPUs feed the devices, half stitch and write.
-                share = settings.threads or max(1, cpus // (2 * devices))
-                lanes.append(("gpu", devices))
-                self._options = [_options(cpus=share, gpus=1, threads=share)]
-                rest = max(1, (cpus - devices * share) // threads)
-                lanes.append(("cpu", rest))
-            else:
-                self._options = []
-                lanes.append(("cpu", settings.workers or max(1, cpus // threads)))
-            self._options.append(_options(cpus=threads, gpus=0, threads=threads))
-            self._lanes = lanes
-            asked = sum(size * o["num_cpus"] for (_, size), o in zip(lanes, self._options, strict=True))
+            self._lanes = plan_lanes(cpus, gpus, settings)
+            asked = sum(lane.size * lane.threads for lane in self._lanes)
             if asked > cpus:
                 log.warning(
-                    "%d CPUs are asked of Ray, which offers %d: some workers may never start", asked, cpus
+                    "%d CPUs are asked of Ray, which has %d: some workers may never start", asked, cpus
                 )
             place = settings.address or os.environ.get("RAY_ADDRESS", "") or "local"
-            named = [
-                f"{size} {name.upper()} actor{'s' * (size != 1)} x {o['num_cpus']} thread{'s' * (o['num_cpus'] != 1)}"
-                for (name, size), o in zip(lanes, self._options, strict=True)
-            ]
-            self._description = f"ray {place}, {', '.join(named)}"
-            self._dispatcher = Dispatcher(lanes, lambda lane: _Actor(self._options[lane]), stall_s)
+            self._description = f"ray {place}, {', '.join(map(str, self._lanes))}"
+            sizes = [(lane.name, lane.size) for lane in self._lanes]
+            self._dispatcher = Dispatcher(sizes, lambda i: _Actor(self._lanes[i]), stall_s)
         except BaseException:
             if self._started:
                 ray.shutdown()
@@ -126,7 +112,7 @@ class RayPool:
 
     @property
     def capacity(self) -> int:
-        return sum(size for _, size in self._lanes)
+        return sum(lane.size for lane in self._lanes)
 
     @property
     def respawns(self) -> int:
@@ -144,18 +130,45 @@ class RayPool:
             ray.shutdown()
 
 
-def _options(cpus: int, gpus: int, threads: int) -> dict[str, Any]:
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    env = dict.fromkeys(names, str(threads))
+@dataclass(frozen=True)
+class Lane:
+    """Actors of one kind: how many, and the CPUs and threads of each."""
+
+    name: Literal["gpu", "cpu"]
+    size: int
+    threads: int
+
+    def __str__(self) -> str:
+        actors, threads = "s" * (self.size != 1), "s" * (self.threads != 1)
+        return f"{self.size} {self.name.upper()} actor{actors} x {self.threads} thread{threads}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Ray's options of the actors: they claim what they use, and find no device that another one owns."""
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        env = dict.fromkeys(names, str(self.threads))
+        if self.name == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        return {
+            "num_cpus": self.threads,
+            "num_gpus": int(self.name == "gpu"),
+            "max_restarts": 0,  # the dispatcher counts deaths and respawns
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": env},
+        }
+
+
+def plan_lanes(cpus: int, gpus: int, settings: PoolSettings) -> list[Lane]:
+    """The actors for what Ray has: one lane for all work, or (GPU, CPU).
+
+    With GPUs, half of the CPUs feed the devices unless `threads` says otherwise, the rest stitch and write.
+    """
+    threads = settings.threads or 1
     if not gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ""  # a CPU actor must not find the device that another one owns
-    return {
-        "num_cpus": cpus,
-        "num_gpus": gpus,
-        "max_restarts": 0,  # the dispatcher counts deaths and respawns
-        "max_task_retries": 0,
-        "runtime_env": {"env_vars": env},
-    }
+        return [Lane("cpu", settings.workers or max(1, cpus // threads), threads)]
+    devices = min(gpus, settings.workers or gpus)
+    share = settings.threads or max(1, cpus // (2 * devices))
+    return [Lane("gpu", devices, share), Lane("cpu", max(1, (cpus - devices * share) // threads), threads)]
 
 
 class _Host:
@@ -196,8 +209,8 @@ def portable(error: Exception) -> Exception:
 class _Actor:
     """A `_Host` as a `workers.dispatch.Replica`."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._actor: Any = ray.remote(_Host).options(**options).remote()
+    def __init__(self, lane: Lane) -> None:
+        self._actor: Any = ray.remote(_Host).options(**lane.options).remote()
 
     def ping(self) -> Future[str]:
         return _future(self._actor.ping.remote())

@@ -99,3 +99,9 @@ class CannotBeMadeOddly(Counting):
     def __init__(self, init: Init) -> None:
         super().__init__(init)
         raise Unpicklable(1, 2)
+
+
+class TellsThreads(Counting):
+    def run(self, task: Task) -> Report:
+        notes = (os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"])
+        return Report(stage="count", key=task.key, notes=notes)

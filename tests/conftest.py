@@ -1,0 +1,36 @@
+"""What tests share: which of them run, and the one Ray of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes long; run with --slow"))
+    wants_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if wants_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in wants_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray of 4 logical CPUs, whatever the machine has; pools opened meanwhile join it."""
+    from workers.ray_pool import ray, start_ray
+
+    started = start_ray("local", cpus=4)
+    yield
+    if started:
+        ray.shutdown()
