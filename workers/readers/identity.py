@@ -58,6 +58,14 @@ def folder_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def slide_identity(path: Path) -> str:
+    """Identity of a file; of an `.mrxs` with the companion folder that holds its pixels."""
+    companion = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and companion.is_dir():
+        return combined_identity(file_identity(path), folder_identity(companion))
+    return file_identity(path)
+
+
 def series_identity(instances: Iterable[tuple[str, int]]) -> str:
     """sha256 (hex) over the sorted (SOPInstanceUID, size in bytes) of a DICOM series."""
     lines = sorted(f"{uid} {size}" for uid, size in instances)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from schemas.errors import SourceError
 from schemas.geometry import Box
 from schemas.image import ImageMeta, LevelMeta, ReadOptions
+from workers.readers.arrays import diagonal_affine
 from workers.readers.identity import text_identity
 from workers.readers.patterns import PATTERNS, Pattern
 from workers.readers.region import centres_inside, check_request
@@ -149,7 +150,6 @@ def _volume(uri: str, given: dict[str, str], options: ReadOptions) -> Procedural
         "shape": ",".join(map(str, shape)), "seed": seed,
         "spacing": ",".join(f"{s!r}" for s in stated), "pattern": given["pattern"],
     }  # fmt: skip
-    z, y, x = spacing
     meta = ImageMeta(
         uri=uri,
         stem="procedural-volume-" + "x".join(map(str, shape)),
@@ -161,8 +161,7 @@ def _volume(uri: str, given: dict[str, str], options: ReadOptions) -> Procedural
         levels=(LevelMeta(shape=shape, downsample=(1.0, 1.0, 1.0)),),
         spacing=spacing,
         spacing_source=source,
-        # voxel index i is centred at i * spacing, as NIfTI has it
-        affine=((x, 0.0, 0.0, 0.0), (0.0, y, 0.0, 0.0), (0.0, 0.0, z, 0.0), (0.0, 0.0, 0.0, 1.0)),
+        affine=diagonal_affine(spacing),
         source_orientation="RAS",
         background=pattern.background,
     )

@@ -15,7 +15,7 @@ from PIL import Image
 from schemas.errors import SourceError
 from schemas.geometry import Box
 from schemas.image import ImageMeta, LevelMeta, ReadOptions, stem_of
-from workers.readers.identity import combined_identity, file_identity, folder_identity
+from workers.readers.identity import slide_identity
 from workers.readers.region import read_region
 from workers.readers.spacing import resolution_um, slide_spacing
 
@@ -59,7 +59,7 @@ class SlideReader:
     def __init__(self, path: Path, options: ReadOptions, identity: str | None = None) -> None:
         self._path = path
         self._slide: OpenSlide | None = None
-        self.meta: ImageMeta = self._probe(options, identity or _identity(path))
+        self.meta: ImageMeta = self._probe(options, identity or slide_identity(path))
 
     def _probe(self, options: ReadOptions, identity: str) -> ImageMeta:
         try:
@@ -72,8 +72,9 @@ class SlideReader:
                 raise CompressionRefused(str(error)) from error
             msg = f"{self._path}: OpenSlide cannot open it ({error}); the file is damaged or of a variant it does not read"
             raise SourceError(msg) from error
+        self._check_pixels(sizes)
         spacing, source, notes = slide_spacing(str(self._path), options, _pixel_sizes(properties))
-        meta = ImageMeta(
+        return ImageMeta(
             uri=str(self._path),
             stem=stem_of(self._path.name),
             identity=identity,
@@ -90,8 +91,6 @@ class SlideReader:
             background=255.0,
             notes=notes,
         )
-        self._check_pixels(sizes)
-        return meta
 
     def _check_pixels(self, sizes: tuple[tuple[int, int], ...]) -> None:
         """One readable place is enough: a slide with bad tiles is opened, one without any pixel is not."""
@@ -203,10 +202,3 @@ def _number(text: str | None) -> float | None:
         return None if text is None else float(text)
     except ValueError:
         return None
-
-
-def _identity(path: Path) -> str:
-    companion = path.with_suffix("")
-    if path.suffix.lower() == ".mrxs" and companion.is_dir():
-        return combined_identity(file_identity(path), folder_identity(companion))
-    return file_identity(path)

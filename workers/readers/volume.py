@@ -12,47 +12,14 @@ from nibabel import orientations
 from numpy.typing import NDArray
 
 from schemas.errors import SourceError
-from schemas.geometry import Box
 from schemas.image import WHOLE_IMAGE_LIMIT_PX, ImageMeta, LevelMeta, ReadOptions, stem_of
+from workers.readers.arrays import ArrayReader
 from workers.readers.identity import combined_identity, file_identity
-from workers.readers.region import read_region
 from workers.readers.spacing import volume_spacing
 
 WHOLE_VOLUME_LIMIT_PX = 8 * WHOLE_IMAGE_LIMIT_PX
 """Voxels of a volume that has to be held whole (kept in the file's own type)."""
 TO_MM = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}
-
-
-class VolumeReader:
-    """A volume held in its stored type; `value = stored * slope + intercept`, as float32.
-
-    Parameters
-    ----------
-    stored
-        `(z, y, x)` in RAS voxel order (x to the right, y to the front, z up).
-    """
-
-    def __init__(self, meta: ImageMeta, stored: NDArray[Any], slope: float, intercept: float) -> None:
-        self.meta = meta
-        self._stored = stored
-        self._slope = slope
-        self._intercept = intercept
-
-    def read(
-        self, box_l0: Box, shape_px: tuple[int, ...], level: int
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """See `workers.readers.reader.Reader.read`; pixels are `(1, *shape_px)` float32."""
-        return read_region(self.meta, self._fetch, box_l0, shape_px, level)
-
-    def close(self) -> None:
-        """Nothing to release: the voxels are held, or mapped, and go with the reader."""
-
-    def _fetch(
-        self, level: int, start: tuple[int, ...], stop: tuple[int, ...]
-    ) -> tuple[NDArray[np.float32], tuple[float, ...]]:
-        part = self._stored[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
-        values = scaled(part, self._slope, self._intercept)
-        return np.nan_to_num(values, nan=self.meta.background)[None], tuple(map(float, start))
 
 
 def scaled(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[np.float32]:
@@ -94,8 +61,10 @@ def volume_reader(
     options: ReadOptions,
     where: str,
     notes: tuple[str, ...],
-) -> VolumeReader:
+) -> ArrayReader:
     """Orient a stored `(x, y, z)` array, settle its spacing and wrap it.
+
+    Voxels stay in their stored type; a read gives `stored * slope + intercept` as float32.
 
     Raises
     ------
@@ -129,10 +98,14 @@ def volume_reader(
         background=float(np.float32(min(ends))),
         notes=notes,
     )
-    return VolumeReader(meta, stored, slope, intercept)
+
+    def take(level: int, window: tuple[slice, ...]) -> NDArray[np.float32]:
+        return scaled(stored[window], slope, intercept)[None]
+
+    return ArrayReader(meta, take)
 
 
-def open_nifti(path: Path, options: ReadOptions) -> VolumeReader:
+def open_nifti(path: Path, options: ReadOptions) -> ArrayReader:
     """Open a NIfTI file; of a 4-D or 5-D one exactly the time or channel asked for.
 
     Raises
