@@ -34,8 +34,10 @@ class BlockOrder:
         self._left: dict[tuple[int, Block], set[object]] = {}
         self._waiters: dict[object, list[tuple[int, Block]]] = {}
         for level, block in self._pending:
-            on: set[object] = set(waits[block]) - units_done if level == 0 else set()
-            if level > 0:
+            on: set[object] = set()
+            if level == 0:
+                on |= set(waits[block]) - units_done
+            else:
                 on |= {(level - 1, child) for child in children(grid, level, block)} & self._pending
             self._left[level, block] = on
             for thing in on:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -118,7 +119,7 @@ def plan(image: Images, model: ModelCardPath, out: Out = "out", method: Methods 
         try:
             job = plan_image(one, request, loaded)
             if measure:
-                measure_rate(job, loaded)
+                measure_rate(job, loaded, os.cpu_count() or 1)
             summary = summarise(job, request, loaded, _pool("serial", "", workers, None))
         except (SourceError, SpecError) as error:
             failed = True
@@ -217,8 +218,6 @@ def doctor() -> None:
 
 def _run(request: ExplainRequest, asked: PoolSettings, direct: bool, as_json: bool) -> NoReturn:
     """Explain directly, or through Prefect where there is more than one image or an API to report to."""
-    import os
-
     from flows.progress import listener
     from flows.settings import resolve_pool
 
@@ -263,8 +262,6 @@ def _finish(report: RunReport, out: str, as_json: bool) -> NoReturn:
 
 def _with_threads(settings: PoolSettings) -> PoolSettings:
     """Serial takes all cores; a CPU actor one thread, so that actors do not fight for cores."""
-    import os
-
     if settings.threads is not None:
         return settings
     threads = (os.cpu_count() or 1) if settings.kind == "serial" else 1

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
+from uuid import UUID
 
 from flows.settings import quiet_environment, resolve_pool
 
@@ -102,7 +104,8 @@ def _as_tasks(
             return Completed(name="CompletedWithGaps", message=report.error)
         return Completed(message=report.output or report.error)
 
-    with ThreadPoolTaskRunner(max_workers=in_flight) as runner:
+    threads: ThreadPoolTaskRunner[State[str]] = ThreadPoolTaskRunner(max_workers=in_flight)
+    with threads as runner:
         futures = [
             runner.submit(explain_one_image, {"name": Path(image.uri).name, "position": i})
             for i, image in enumerate(images)
@@ -121,7 +124,9 @@ class _Artifact:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._id = create_progress_artifact(progress=0.0, key=_key(name), description=f"{name}: probe")
+        self._id = cast(
+            UUID, create_progress_artifact(progress=0.0, key=_key(name), description=f"{name}: probe")
+        )
         self._tell = throttled(self._update, ARTIFACT_EVERY_S)
 
     def __call__(self, event: Event) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from workers.export.overview import write_overview
 
 from flows.blocks import BlockOrder
 from flows.progress import Event
@@ -36,11 +37,10 @@ from schemas.run import (
     UnitTask,
 )
 from workers.cam.methods import METHODS
-from workers.explainer import Explainer, ExplainInit, pick_device
+from workers.explainer import Explainer, ExplainInit, pick_device, tiles_per_second
 from workers.export.nifti import write_nifti
-from workers.export.overview import write_overview
 from workers.models.card import load_card
-from workers.models.facts import model_facts
+from workers.models.facts import model_facts, retarget
 from workers.pool import Pool, Stage
 from workers.publisher import predictions, publish_heatmap, write_image_report
 from workers.readers import open_image
@@ -120,7 +120,9 @@ def plan_image(
 
 
 def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: Model) -> Job:
-    meta, card = reader.meta, model.card
+    meta, card, facts = reader.meta, model.card, model.facts
+    if image.target:
+        facts = retarget(facts, card.output, (image.target,))
     if meta.kind != card.input.kind:
         msg = f"{image.uri}: is a {meta.kind}; model {card.name!r} takes a {card.input.kind}"
         raise SpecError(msg)
@@ -132,7 +134,7 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         raise SourceError(msg)
     tissue = TissueSpec(method=request.tissue)
     grid = GridSpec(
-        tile_px=model.facts.tile,
+        tile_px=facts.tile,
         spacing=card.input.spacing,
         overlap=request.overlap,
         edge=request.edge,
@@ -177,8 +179,8 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         notes.append(f"read {lattice.upsampling:.2f} times finer than the source, as allowed")
     cam = CamSpec(
         methods=request.methods,
-        targets=model.facts.targets,
-        layer=model.facts.layer,
+        targets=facts.targets,
+        layer=facts.layer,
         cell_centres=request.cell_centres,
         precision=request.precision,
     )
@@ -186,27 +188,27 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         identity=meta.identity,
         read=image.options,
         spacing=meta.spacing,
-        card=model.facts.card,
+        card=facts.card,
         cam=cam,
         grid=grid,
         unit=unit,
         batch=min(request.batch, unit),
     )
-    map_grid = MapGrid.of(model.facts.cells, lattice.tile_l0, lattice.tile_px)
+    map_grid = MapGrid.of(facts.cells, lattice.tile_l0, lattice.tile_px)
     tiles = TilesInfo(
         tiles_id=spec.tiles_id,
         spec=spec,
         image=meta,
         lattice=lattice,
         grids=dict.fromkeys(request.methods, map_grid),
-        classes=model.facts.classes,
+        classes=facts.classes,
         planned=plan.planned,
         tiles=plan.tiles,
         units=plan.units,
         versions=versions(),
     )
     folder = Path(request.out) / meta.image_id(request.image_id)
-    heatmap = _heatmap_info(tiles, request.heatmap, map_grid, model.facts)
+    heatmap = _heatmap_info(tiles, request.heatmap, map_grid, facts)
     return Job(image, folder, plan, tiles, heatmap, method, fraction, tuple(notes))
 
 
@@ -305,6 +307,15 @@ def summarise(job: Job, request: ExplainRequest, model: Model, pool: PoolSetting
         defaults={name: value for name, value in used.items() if name not in given},
         notes=job.notes,
     )
+
+
+def measure_rate(job: Job, model: Model, threads: int) -> None:
+    """Run one batch of the planned tiles and keep the rate for this and later plans; writes no output."""
+    if job.plan.planned:
+        init = ExplainInit(tiles="", model=model.path, threads=threads, decode_threads=min(4, threads))
+        batch = job.plan.boxes[: min(job.tiles.spec.batch, job.plan.planned)]
+        rate = tiles_per_second(job.tiles, init, batch)
+        keep_rate(digest(model.facts.card), pick_device("auto"), rate)
 
 
 def explain_image(

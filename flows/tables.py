@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel
 from rich.table import Table
 
 import schemas.explanation
@@ -82,7 +81,7 @@ def method_table(methods: Sequence[MethodInfo]) -> Table:
     return table
 
 
-def json_schemas() -> dict[str, type[BaseModel]]:
+def json_schemas() -> dict[str, type[Frozen]]:
     """Every value of `schemas`, by class name."""
     modules = (
         schemas.explanation,
@@ -94,12 +93,13 @@ def json_schemas() -> dict[str, type[BaseModel]]:
         schemas.ngff,
         schemas.run,
     )
-    return {
-        name: value
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, BaseModel) and value not in (BaseModel, Frozen)
-    }
+    found: dict[str, type[Frozen]] = {}
+    for module in modules:
+        for name, value in vars(module).items():
+            if isinstance(value, type) and issubclass(value, Frozen):
+                found[name] = value
+    found.pop("Frozen")
+    return found
 
 
 def _times(values: Sequence[float]) -> str:

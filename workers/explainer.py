@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -76,16 +77,8 @@ class Explainer:
     """Computes units of one image; kept from task to task."""
 
     def __init__(self, init: ExplainInit) -> None:
-        torch.set_num_threads(init.threads)
-        self.store = TilesStore.open(init.tiles, mode="r+")
-        self.info: TilesInfo = self.store.info
-        self.device = pick_device(init.device)
-        spec = self.info.spec
-        self.model = _model(init.model, digest(spec.card), spec.cam.layer, self.device, spec.grid.tile_px)
-        self.targets = resolve(spec.cam.targets, self.model.card.output, self.model.n_outputs)
-        self._readers = _ReaderPerThread(self.info)
-        self._decoders = ThreadPoolExecutor(init.decode_threads, thread_name_prefix="decode")
-        self._readers.check()
+        self._store = TilesStore.open(init.tiles, mode="r+")
+        self._tiles = TileComputer(self._store.info, init)
 
     def run(self, task: Task) -> Report:
         """Compute every tile of the unit and write its chunks; a tile that cannot be read is recorded."""
@@ -93,47 +86,95 @@ class Explainer:
             msg = f"an explainer computes units; found {task!r}"
             raise TypeError(msg)
         began = time.perf_counter()
-        rows = self.store.unit_rows(task.unit)
-        boxes = self.store.boxes(np.arange(rows.start, rows.stop))
-        errors: dict[int, str] = {}
-        notes: list[str] = []
-        flags: Counter[str] = Counter()
-        parts = {"decode": 0.0, "compute": 0.0}
-        scores: list[NDArray[np.float32]] = []
-        index: list[NDArray[np.int32]] = []
-        maps: dict[str, list[NDArray[np.float32]]] = {m: [] for m in self.info.spec.cam.methods}
-        for first, pixels, bad in self._batches(boxes, parts):
-            errors.update({first + i: reason for i, reason in bad.items()})
-            clock = time.perf_counter()
-            out = self._explain(pixels, notes, flags)
-            parts["compute"] += time.perf_counter() - clock
-            scores.append(out[0])
-            index.append(out[1])
-            for name, values in out[2].items():
-                maps[name].append(values)
-        stacked = {name: np.concatenate(values) for name, values in maps.items()}
-        all_scores, all_index = np.concatenate(scores), np.concatenate(index)
-        for row in _not_finite(all_scores, stacked):
-            errors.setdefault(int(row), "non-finite map: the network gave values that are not finite")
-        for row in errors:
-            all_scores[row] = np.nan
-            for values in stacked.values():
-                values[row] = np.nan
+        found = self._tiles.compute(self._store.boxes(self._store.unit_rows(task.unit)))
         clock = time.perf_counter()
-        written = self.store.write_unit(task.unit, all_scores, all_index, stacked, errors)
-        parts["write"] = time.perf_counter() - clock
+        written = self._store.write_unit(
+            task.unit, found.scores, found.target_index, found.maps, found.errors
+        )
+        seconds_by = {**found.seconds_by, "write": time.perf_counter() - clock}
         return Report(
             stage="explain",
             key=task.key,
             task=task,
-            done=len(boxes) - len(errors),
-            failed=len(errors),
+            done=len(found.scores) - len(found.errors),
+            failed=len(found.errors),
             seconds=time.perf_counter() - began,
-            seconds_by=parts,
+            seconds_by=seconds_by,
             bytes_written=written,
-            notes=tuple(dict.fromkeys(notes)),
-            flags=dict(flags),
+            notes=found.notes,
+            flags=found.flags,
         )
+
+    def close(self) -> None:
+        """Stop the decode threads and close their handles."""
+        self._tiles.close()
+
+
+def tiles_per_second(info: TilesInfo, init: ExplainInit, boxes: NDArray[np.int64]) -> float:
+    """Rate of one worker over `boxes` `(n, 2, axes)`, decoding included, after a first tile that is not counted."""
+    tiles = TileComputer(info, init)
+    try:
+        tiles.compute(boxes[:1])
+        began = time.perf_counter()
+        tiles.compute(boxes)
+        return len(boxes) / (time.perf_counter() - began)
+    finally:
+        tiles.close()
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a run of tiles gave; rows in `errors` are NaN."""
+
+    scores: NDArray[np.float32]
+    """`(n, C)`."""
+    target_index: NDArray[np.int32]
+    """`(n, T)`."""
+    maps: dict[str, NDArray[np.float32]]
+    """By method: `(n, T, *grid)`."""
+    errors: dict[int, str]
+    seconds_by: dict[str, float]
+    notes: tuple[str, ...]
+    flags: dict[str, int]
+
+
+class TileComputer:
+    """Reads tiles of one image, ahead of the device, and explains them in mini-batches."""
+
+    def __init__(self, info: TilesInfo, init: ExplainInit) -> None:
+        if init.device != "cuda":
+            torch.set_num_threads(init.threads)
+        self.info = info
+        spec = info.spec
+        device = pick_device(init.device)
+        self.model = _model(init.model, digest(spec.card), spec.cam.layer, device, spec.grid.tile_px)
+        self.targets = resolve(spec.cam.targets, self.model.card.output, self.model.n_outputs)
+        self._readers = _ReaderPerThread(info)
+        self._readers.check()
+        self._decoders = ThreadPoolExecutor(init.decode_threads, thread_name_prefix="decode")
+
+    def compute(self, boxes: NDArray[np.int64]) -> Computed:
+        """Explain the tiles at `boxes` `(n, 2, axes)`, n at least 1."""
+        errors: dict[int, str] = {}
+        notes: list[str] = []
+        flags: Counter[str] = Counter()
+        parts = {"decode": 0.0, "compute": 0.0}
+        batches = []
+        for first, pixels, bad in self._batches(boxes, parts):
+            errors.update({first + i: reason for i, reason in bad.items()})
+            clock = time.perf_counter()
+            batches.append(self._explain(pixels, notes, flags))
+            parts["compute"] += time.perf_counter() - clock
+        scores = np.concatenate([b[0] for b in batches])
+        index = np.concatenate([b[1] for b in batches])
+        maps = {name: np.concatenate([b[2][name] for b in batches]) for name in self.info.spec.cam.methods}
+        for row in _not_finite(scores, maps):
+            errors.setdefault(int(row), "non-finite map: the network gave values that are not finite")
+        for row in errors:
+            scores[row] = np.nan
+            for values in maps.values():
+                values[row] = np.nan
+        return Computed(scores, index, maps, errors, parts, tuple(dict.fromkeys(notes)), dict(flags))
 
     def _batches(
         self, boxes: NDArray[np.int64], parts: dict[str, float]

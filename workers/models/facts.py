@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from schemas.model import ModelFacts
+from schemas.model import ModelFacts, OutputSpec
 from workers.cam.geometry import grid_cells
 from workers.cam.targets import resolve
 from workers.models.card import LoadedCard, resolved
@@ -56,4 +56,12 @@ def model_facts(
         tile=size,
         cells=cells,
         weights_bytes=sum((loaded.folder / f).stat().st_size for f in files if f),
+    )
+
+
+def retarget(facts: ModelFacts, output: OutputSpec, targets: Sequence[str]) -> ModelFacts:
+    """`facts` with other targets: a CSV row may name its own."""
+    found = resolve(targets, output, len(facts.classes))
+    return facts.model_copy(
+        update={"targets": tuple(t.name for t in found), "target_index": tuple(t.index for t in found)}
     )
