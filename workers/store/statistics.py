@@ -1,4 +1,7 @@
-"""Statistics of finished heatmaps over lazy arrays: exact extremes, display windows, the strongest pixel."""
+"""Statistics of finished heatmaps over lazy arrays: exact extremes, display windows, the strongest pixel.
+
+The arrays are dask's (`HeatmapStore.as_dask`); numpy's own functions, given one, stay lazy.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import dask.array as da
 import numpy as np
-from dask.base import compute
+
+LazyArray = Any
+"""A dask array."""
 
 BINS = 4096
 WINDOW_QUANTILE = 0.995
@@ -31,7 +35,7 @@ class ChannelStatistics:
 
 
 def channel_statistics(
-    values: da.Array, signed: Sequence[bool], threads: int | None = None
+    values: LazyArray, signed: Sequence[bool], threads: int | None = None
 ) -> ChannelStatistics:
     """Range, display window and number of finite values of each channel.
 
@@ -67,9 +71,9 @@ def channel_statistics(
     )
 
 
-def strongest(values: da.Array, threads: int | None = None) -> tuple[int, ...] | None:
+def strongest(values: LazyArray, threads: int | None = None) -> tuple[int, ...] | None:
     """Index of the finite value of largest magnitude in `values` `(*S)`, the first of equals; None without any."""
-    magnitude = da.where(da.isfinite(values), abs(values), -1.0)
+    magnitude = np.where(np.isfinite(values), abs(values), -1.0)
     flat, top = _compute(threads, magnitude.argmax(), magnitude.max())
     if top < 0:
         return None
@@ -77,16 +81,16 @@ def strongest(values: da.Array, threads: int | None = None) -> tuple[int, ...] |
 
 
 def _one(
-    values: da.Array, signed: bool, threads: int | None
+    values: LazyArray, signed: bool, threads: int | None
 ) -> tuple[tuple[float, float], tuple[float, float], int]:
-    finite = da.isfinite(values)
-    extremes = _compute(
+    finite = np.isfinite(values)
+    low, high, number = _compute(
         threads,
-        da.where(finite, values, np.inf).min(),
-        da.where(finite, values, -np.inf).max(),
+        np.where(finite, values, np.inf).min(),
+        np.where(finite, values, -np.inf).max(),
         finite.sum(),
     )
-    low, high, count = float(extremes[0]), float(extremes[1]), int(extremes[2])
+    count = int(number)
     if not count:
         return (0.0, 0.0), (-1.0 if signed else 0.0, 1.0), 0
     if signed:
@@ -97,14 +101,15 @@ def _one(
     return (low, high), (start, stop if stop > start else start + (abs(start) or 1.0)), count
 
 
-def _quantile(values: da.Array, low: float, high: float, count: int, threads: int | None) -> float:
+def _quantile(values: LazyArray, low: float, high: float, count: int, threads: int | None) -> float:
     """Upper edge of the bin that holds the quantile of `count` finite values, all in `[low, high]`."""
     span = high - low
     rank = WINDOW_QUANTILE * (count - 1) + 1  # the first value's rank is 1
     top = high
     while top - low > _VANISHING * span:
-        histogram, edges = da.histogram(values, bins=BINS, range=(low, top))
-        (counts,) = _compute(threads, histogram)
+        histogram: LazyArray
+        histogram, edges = np.histogram(values, bins=BINS, range=(low, top))
+        counts = histogram.compute(scheduler="threads", num_workers=threads)
         at = min(int(np.searchsorted(np.cumsum(counts), rank)), BINS - 1)
         top = float(edges[at + 1])
         if at >= _TRUSTED_BIN:
@@ -112,7 +117,7 @@ def _quantile(values: da.Array, low: float, high: float, count: int, threads: in
     return high
 
 
-def _compute(threads: int | None, *lazy: da.Array) -> tuple[Any, ...]:
-    """Always threads of this process, whatever scheduler the surroundings have set."""
-    found: tuple[Any, ...] = compute(*lazy, scheduler="threads", num_workers=threads)
-    return found
+def _compute(threads: int | None, *lazy: LazyArray) -> list[float]:
+    """Lazy numbers in one pass; always threads of this process, whatever scheduler the surroundings have set."""
+    found: LazyArray = np.stack(lazy)
+    return [float(v) for v in found.compute(scheduler="threads", num_workers=threads)]
