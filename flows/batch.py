@@ -8,36 +8,38 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from flows.plan import Model, open_model, with_row_options
 from flows.progress import Event
 from flows.settings import versions
-from flows.steps import Claims, Model, explain_image, open_model, with_row_options
+from flows.steps import explain_image
 from schemas.errors import GigacamError
-from schemas.image import ImageRequest
+from schemas.image import ImageRequest, ReadOptions
 from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport
 from workers.pool import Pool, open_pool
 from workers.publisher import write_run_report
-from workers.readers import expand, open_image
+from workers.readers import expand
 
 log = logging.getLogger("gigacam")
 
 One = Callable[[ImageRequest], ImageReport]
-Each = Callable[[Sequence[ImageRequest], One], Iterable[ImageReport]]
+Each = Callable[[Sequence[ImageRequest], One], Iterable[tuple[ImageRequest, ImageReport]]]
 """How the images of a run are run: here one after another or in threads, under Prefect as tasks."""
 
 
-def one_after_another(images: Sequence[ImageRequest], one: One) -> Iterable[ImageReport]:
+def one_after_another(images: Sequence[ImageRequest], one: One) -> Iterable[tuple[ImageRequest, ImageReport]]:
     """Run the images in order, in this thread."""
-    return map(one, images)
+    return ((image, one(image)) for image in images)
 
 
 def in_threads(workers: int) -> Each:
     """At most `workers` images at once, over a pool that is shared: one is planned while another computes."""
 
-    def each(images: Sequence[ImageRequest], one: One) -> Iterable[ImageReport]:
+    def each(images: Sequence[ImageRequest], one: One) -> Iterable[tuple[ImageRequest, ImageReport]]:
         executor = ThreadPoolExecutor(workers, thread_name_prefix="image")
         try:
-            for future in as_completed([executor.submit(one, image) for image in images]):
-                yield future.result()
+            running = {executor.submit(one, image): image for image in images}
+            for future in as_completed(running):
+                yield running[future], future.result()
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
 
@@ -72,10 +74,10 @@ def explain_batch(
     model = open_model(request)
     pool = open_pool(settings)
     out = Path(request.out)
-    reports: dict[str, ImageReport] = {}
+    reports: dict[ImageRequest, ImageReport] = {}
 
     def summary() -> RunReport:
-        ordered = tuple(reports[image.uri] for image in images if image.uri in reports)
+        ordered = tuple(reports[image] for image in images if image in reports)
         seconds = time.perf_counter() - began
         return RunReport(images=ordered, pool=pool.description, seconds=seconds, versions=versions())
 
@@ -83,15 +85,15 @@ def explain_batch(
         if each is None:
             each = one_after_another if settings.kind == "serial" else in_threads(settings.images_in_flight)
         one = _one_image(images, request, model, pool, settings, tell)
-        for report in each(images, one):
-            reports[report.image] = report
+        for image, report in each(images, one):
+            reports[image] = report
             write_run_report(out, summary())
             if request.strict and report.status in ("failed", "gaps"):
                 log.error("--strict: stopping at %s", report.image)
                 break
     except KeyboardInterrupt:
         for image in images:
-            reports.setdefault(image.uri, ImageReport(image=image.uri, status="interrupted"))
+            reports.setdefault(image, ImageReport(image=image.uri, status="interrupted"))
     finally:
         pool.close()
     write_run_report(out, summary())
@@ -106,20 +108,21 @@ def _one_image(
     settings: PoolSettings,
     tell: Callable[[Event], None],
 ) -> One:
-    claims = Claims()
+    holders: dict[tuple[str, ReadOptions], ImageRequest] = {}
+    holder_of: dict[ImageRequest, ImageRequest] = {}
     for image in images:
         try:
-            reader = open_image(image.uri, image.options)
-            claims.claim(reader.meta.identity, image.uri)
-            reader.close()
+            identity = identity_of(image.uri)
         except (GigacamError, OSError) as error:
             # It fails by name when its turn comes; here only duplicates matter.
             log.debug("no identity for %s: %s", image.uri, error)
+        else:
+            holder_of[image] = holders.setdefault((identity, image.options), image)
 
     def one(image: ImageRequest) -> ImageReport:
-        owner = claims.owner(image.uri)
-        if owner != image.uri:
-            message = f"{image.uri}: the same content as {owner}, which this run explains"
+        holder = holder_of.get(image, image)
+        if holder is not image:
+            message = f"{image.uri}: the same content as {holder.uri}, which this run explains"
             tell(Event(Path(image.uri).name, "duplicate", message=message))
             return ImageReport(image=image.uri, status="duplicate", error=message)
         return explain_image(image, request, model, pool, settings, tell)

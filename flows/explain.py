@@ -89,15 +89,15 @@ def heartbeat() -> str:
 
 def _as_tasks(
     in_flight: int, listeners: list[_Artifact], images: Sequence[ImageRequest], one: One
-) -> Iterable[ImageReport]:
+) -> Iterable[tuple[ImageRequest, ImageReport]]:
     """One Prefect task an image; the reports come back beside the states, not through them."""
-    reports: dict[str, ImageReport] = {}
+    reports: dict[int, ImageReport] = {}
 
     @task(task_run_name="{name}", cache_policy=NO_CACHE, retries=0, persist_result=False)
     def explain_one_image(name: str, position: int) -> State[str]:
         image = images[position]
         listeners.append(_Artifact(Path(image.uri.partition("?")[0]).name))
-        report = reports[image.uri] = one(image)
+        report = reports[position] = one(image)
         if report.status == "failed":
             return Failed(message=report.error)
         if report.status == "gaps":
@@ -110,13 +110,13 @@ def _as_tasks(
             runner.submit(explain_one_image, {"name": Path(image.uri).name, "position": i})
             for i, image in enumerate(images)
         ]
-        for image, future in zip(images, futures, strict=True):
+        for position, (image, future) in enumerate(zip(images, futures, strict=True)):
             future.wait()
-            report = reports.get(image.uri)
+            report = reports.get(position)
             if report is None:
                 message = future.state.message or f"{image.uri}: its task ended without a report"
                 report = ImageReport(image=image.uri, status="failed", error=message)
-            yield report
+            yield image, report
 
 
 class _Artifact:

@@ -93,13 +93,9 @@ def json_schemas() -> dict[str, type[Frozen]]:
         schemas.ngff,
         schemas.run,
     )
-    found: dict[str, type[Frozen]] = {}
-    for module in modules:
-        for name, value in vars(module).items():
-            if isinstance(value, type) and issubclass(value, Frozen):
-                found[name] = value
-    found.pop("Frozen")
-    return found
+    values = [value for module in modules for value in vars(module).values()]
+    classes = [value for value in values if isinstance(value, type) and issubclass(value, Frozen)]
+    return {found.__name__: found for found in classes if found.__name__ != "Frozen"}
 
 
 def _times(values: Sequence[float]) -> str:

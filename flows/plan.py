@@ -1,0 +1,304 @@
+"""Before any tile: the model opened once, an image probed, its tiles laid, the cost summed up."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flows.settings import keep_rate, last_rate, versions
+from schemas.errors import SourceError, SpecError
+from schemas.explanation import CamSpec
+from schemas.frozen import digest
+from schemas.grid import GridSpec, TissueSpec
+from schemas.heatmap import ChannelInfo, HeatmapSpec
+from schemas.image import ImageRequest, ReadOptions
+from schemas.model import ModelCard, ModelFacts
+from schemas.run import (
+    ExplainRequest,
+    HeatmapInfo,
+    MapGrid,
+    PlanSummary,
+    PoolSettings,
+    TilesInfo,
+    TilesSpec,
+)
+from workers.cam.methods import METHODS
+from workers.explainer import ExplainInit, pick_device, tiles_per_second
+from workers.models.card import load_card
+from workers.models.facts import model_facts, retarget
+from workers.readers import open_image
+from workers.readers.overview import read_mask, read_overview
+from workers.readers.reader import Reader
+from workers.readers.regions import read_polygons
+from workers.stitching.grid import heatmap_grid
+from workers.tiling.plan import DEFAULT_UNIT, Plan, heatmap_bytes, make_plan, peak_memory_bytes, tiles_bytes
+from workers.tiling.positions import make_lattice
+from workers.tiling.tissue import foreground_mask, tissue_mask
+
+VOLUME_FULL_GRID_VOXELS = 64_000_000
+"""A volume up to this size gets a heatmap on its own voxel grid."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model card, and what its network turned out to be."""
+
+    path: str
+    card: ModelCard
+    facts: ModelFacts
+
+
+@dataclass(frozen=True)
+class Job:
+    """One planned image."""
+
+    request: ImageRequest
+    folder: Path
+    plan: Plan
+    tiles: TilesInfo
+    heatmap: HeatmapInfo
+    tissue_method: str
+    tissue_fraction: float
+    notes: tuple[str, ...]
+
+
+def open_model(request: ExplainRequest) -> Model:
+    """Load the card and its network once, here, so that a wrong request fails before any image."""
+    loaded = load_card(request.model)
+    if loaded.card.bag is not None:
+        msg = (
+            f"{request.model}: the card has a [bag] head; bags of tiles are not explained by this version. "
+            "Remove [bag] to explain the tile encoder itself"
+        )
+        raise SpecError(msg)
+    unknown = [m for m in request.methods if m not in METHODS]
+    if unknown:
+        msg = f"--method {','.join(unknown)}: unknown; the methods are {', '.join(METHODS)}"
+        raise SpecError(msg)
+    layer = request.layer or loaded.card.cam.layer
+    facts = model_facts(loaded, layer, request.targets, request.tile, request.cell_centres)
+    return Model(str(Path(request.model).resolve()), loaded.card, facts)
+
+
+def plan_image(image: ImageRequest, request: ExplainRequest, model: Model) -> Job:
+    """Probe one image and lay its tiles; reads an overview, computes no tile.
+
+    Raises
+    ------
+    SourceError, SpecError
+        The image cannot be read or does not fit the model or the request.
+    """
+    reader = open_image(image.uri, image.options)
+    try:
+        return _plan(reader, image, request, model)
+    finally:
+        reader.close()
+
+
+def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: Model) -> Job:
+    meta, card, facts = reader.meta, model.card, model.facts
+    if image.target:
+        facts = retarget(facts, card.output, (image.target,))
+    if meta.kind != card.input.kind:
+        msg = f"{image.uri}: is a {meta.kind}; model {card.name!r} takes a {card.input.kind}"
+        raise SpecError(msg)
+    if meta.channels != card.input.channels:
+        msg = f"{image.uri}: has {meta.channels} channels; model {card.name!r} takes {card.input.channels}"
+        raise SpecError(msg)
+    if meta.spacing is None:
+        msg = f"{image.uri}: the file does not say its pixel size; give --mpp or --spacing"
+        raise SourceError(msg)
+    tissue = TissueSpec(method=request.tissue)
+    grid = GridSpec(
+        tile_px=facts.tile,
+        spacing=card.input.spacing,
+        overlap=request.overlap,
+        edge=request.edge,
+        tissue=tissue,
+        region_l0=read_polygons(request.region) if request.region else (),
+    )
+    if grid.region_l0 and meta.kind != "slide":
+        msg = f"{image.uri}: --region takes polygons on a slide; use --mask for a volume"
+        raise SpecError(msg)
+    lattice = make_lattice(
+        image.uri, meta.levels, meta.spacing, grid, allow_upsampling=request.allow_upsampling
+    )
+    notes = list(meta.notes)
+    mask: Any = None
+    downsample: tuple[float, ...] = (1.0,) * meta.ndim
+    method, fraction = "every tile", 1.0
+    if request.mask:
+        mask, sha256 = read_mask(request.mask, meta.ndim)
+        downsample = tuple(n / m for n, m in zip(meta.shape_l0, mask.shape, strict=True))
+        grid = grid.model_copy(update={"mask_sha256": sha256})
+        method, fraction = f"mask {Path(request.mask).name}", float(mask.mean())
+    elif tissue.method == "auto":
+        spacing = (tissue.mask_um,) * 2 if meta.kind == "slide" else None
+        pixels, downsample, bad = read_overview(reader, spacing=spacing)
+        size = tuple(s * d for s, d in zip(meta.spacing, downsample, strict=True))
+        found = (tissue_mask if meta.kind == "slide" else foreground_mask)(pixels, size, tissue)
+        mask, method, fraction = found.mask.copy(), found.method, found.fraction
+        notes += found.notes
+        for box in bad:
+            # Whether an unreadable place is tissue is unknown: it is tried, and fails by name.
+            mask[
+                tuple(
+                    slice(int(a // d), int(np.ceil(b / d)))
+                    for a, b, d in zip(box.start, box.stop, downsample, strict=True)
+                )
+            ] = True
+        if bad:
+            notes.append(f"{len(bad)} places of the overview could not be read and are tried as tissue")
+    unit = request.unit or DEFAULT_UNIT[meta.kind]
+    plan = make_plan(lattice, unit, mask, downsample, tissue, grid.region_l0)
+    if lattice.upsampling > 1.25:
+        notes.append(f"read {lattice.upsampling:.2f} times finer than the source, as allowed")
+    cam = CamSpec(
+        methods=request.methods,
+        targets=facts.targets,
+        layer=facts.layer,
+        cell_centres=request.cell_centres,
+        precision=request.precision,
+    )
+    spec = TilesSpec(
+        identity=meta.identity,
+        read=image.options,
+        spacing=meta.spacing,
+        card=facts.card,
+        cam=cam,
+        grid=grid,
+        unit=unit,
+        batch=min(request.batch, unit),
+    )
+    map_grid = MapGrid.of(facts.cells, lattice.tile_l0, lattice.tile_px)
+    tiles = TilesInfo(
+        tiles_id=spec.tiles_id,
+        spec=spec,
+        image=meta,
+        lattice=lattice,
+        grids=dict.fromkeys(request.methods, map_grid),
+        classes=facts.classes,
+        planned=plan.planned,
+        tiles=plan.tiles,
+        units=plan.units,
+        versions=versions(),
+    )
+    folder = Path(request.out) / meta.image_id(request.image_id)
+    heatmap = _heatmap_info(tiles, request.heatmap, map_grid, facts)
+    return Job(image, folder, plan, tiles, heatmap, method, fraction, tuple(notes))
+
+
+def _heatmap_info(tiles: TilesInfo, asked: HeatmapSpec, map_grid: MapGrid, facts: ModelFacts) -> HeatmapInfo:
+    meta, cam = tiles.image, tiles.spec.cam
+    downsample = asked.downsample or auto_downsample(meta.kind, meta.shape_l0, map_grid.cell_l0)
+    channels = tuple(
+        ChannelInfo(
+            method=name,
+            target=target,
+            target_index=index,
+            unit=METHODS[name].info.unit,
+            signed=METHODS[name].info.signed,
+            grid=map_grid.shape,
+        )
+        for name in cam.methods
+        for target, index in zip(facts.targets, facts.target_index, strict=True)
+    )
+    spec = asked.model_copy(update={"downsample": downsample})
+    return HeatmapInfo(
+        run_id=tiles.spec.run_id(spec),
+        tiles_id=tiles.tiles_id,
+        spec=spec,
+        grid=heatmap_grid(meta.shape_l0, downsample),
+        channels=channels,
+        spacing=tiles.spec.spacing,
+        spacing_unit="um" if meta.kind == "slide" else "mm",
+    )
+
+
+def auto_downsample(kind: str, shape_l0: tuple[int, ...], cell_l0: tuple[float, ...]) -> int:
+    """Level-0 px a heatmap px: the largest power of two not above half a CAM cell.
+
+    A volume that fits keeps its own voxel grid, since radiology viewers lay the map on it.
+    """
+    if kind == "volume" and int(np.prod(shape_l0)) <= VOLUME_FULL_GRID_VOXELS:
+        return 1
+    half = min(cell_l0) / 2
+    return 1 << max(0, int(np.floor(np.log2(half)))) if half >= 1 else 1
+
+
+def summarise(job: Job, request: ExplainRequest, model: Model, pool: PoolSettings) -> PlanSummary:
+    """What the plan costs, for people and machines."""
+    tiles, heat, plan = job.tiles, job.heatmap, job.plan
+    rate = last_rate(digest(model.facts.card), pick_device("auto"))
+    given = request.model_fields_set | {f"heatmap.{name}" for name in request.heatmap.model_fields_set}
+    used = {
+        "methods": ",".join(tiles.spec.cam.methods),
+        "targets": ",".join(tiles.spec.cam.targets),
+        "layer": tiles.spec.cam.layer,
+        "tile": "x".join(map(str, tiles.lattice.tile_px)),
+        "overlap": str(request.overlap),
+        "edge": request.edge,
+        "tissue": request.tissue,
+        "batch": str(tiles.spec.batch),
+        "unit": str(tiles.spec.unit),
+        "cell_centres": request.cell_centres,
+        "precision": request.precision,
+        "heatmap.downsample": str(heat.spec.downsample),
+        "heatmap.importance": heat.spec.importance,
+    }
+    out = Path(request.out).absolute()
+    parent = next(p for p in (out, *out.parents) if p.exists())
+    workers = pool.workers or 1
+    return PlanSummary(
+        image=job.request.uri,
+        image_id=job.folder.name,
+        kind=tiles.image.kind,
+        shape_l0=tiles.image.shape_l0,
+        spacing=tiles.spec.spacing,
+        spacing_unit=tiles.image.spacing_unit,
+        spacing_source=tiles.image.spacing_source,
+        level=tiles.lattice.level,
+        tile_l0=tiles.lattice.tile_l0,
+        stride_l0=tiles.lattice.stride_l0,
+        size_error=tiles.lattice.size_error,
+        tissue_fraction=job.tissue_fraction,
+        tissue_method=job.tissue_method,
+        tiles=plan.planned,
+        left_out=plan.tiles - plan.planned,
+        units=plan.units,
+        batches=sum(
+            -(-min(plan.unit, plan.planned - u * plan.unit) // tiles.spec.batch) for u in range(plan.units)
+        ),
+        blocks=sum(int(np.prod(heat.grid.blocks(lv))) for lv in range(len(heat.grid.levels))),
+        heatmap_shape=heat.grid.levels[0],
+        heatmap_downsample=heat.grid.downsample,
+        channels=tuple(c.label for c in heat.channels),
+        tiles_bytes=tiles_bytes(plan, tiles.grids, len(tiles.classes), len(tiles.spec.cam.targets)),
+        heatmap_bytes=heatmap_bytes(heat.grid, len(heat.channels)),
+        disk_free_bytes=shutil.disk_usage(parent).free,
+        peak_memory_bytes=peak_memory_bytes(
+            plan, heat.grid, tiles.image.channels, tiles.spec.batch, model.facts.weights_bytes
+        ),
+        seconds=None if rate is None else plan.planned / (rate * workers),
+        defaults={name: value for name, value in used.items() if name not in given},
+        notes=job.notes,
+    )
+
+
+def measure_rate(job: Job, model: Model, threads: int) -> None:
+    """Run one batch of the planned tiles and keep the rate for this and later plans; writes no output."""
+    if job.plan.planned:
+        init = ExplainInit(tiles="", model=model.path, threads=threads, decode_threads=min(4, threads))
+        batch = job.plan.boxes[: min(job.tiles.spec.batch, job.plan.planned)]
+        rate = tiles_per_second(job.tiles, init, batch)
+        keep_rate(digest(model.facts.card), pick_device("auto"), rate)
+
+
+def with_row_options(image: ImageRequest, read: ReadOptions) -> ImageRequest:
+    """The request's read options, overridden by what the image's own CSV row says."""
+    row = image.options.model_dump(exclude_none=True)
+    return image.model_copy(update={"options": read.model_copy(update=row)})
