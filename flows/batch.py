@@ -17,7 +17,7 @@ from schemas.image import ImageRequest, ReadOptions
 from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport
 from workers.pool import Pool, open_pool
 from workers.publisher import write_run_report
-from workers.readers import expand
+from workers.readers import expand, identity_of
 
 log = logging.getLogger("gigacam")
 

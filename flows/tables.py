@@ -94,7 +94,7 @@ def json_schemas() -> dict[str, type[Frozen]]:
         schemas.run,
     )
     values = [value for module in modules for value in vars(module).values()]
-    classes = [value for value in values if isinstance(value, type) and issubclass(value, Frozen)]
+    classes = [value for value in values if isinstance(value, type) and issubclass(value, Frozen)]  # type: ignore[redundant-expr]
     return {found.__name__: found for found in classes if found.__name__ != "Frozen"}
 
 
