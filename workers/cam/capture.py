@@ -285,7 +285,7 @@ def _checked_activations(leaf: Tensor, x: Tensor, layer: str) -> Tensor:
 def _gradient(y: Tensor, activations: Tensor, retain: bool, layer: str) -> Tensor:
     g = None
     if y.requires_grad:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.enable_grad():
             (g,) = torch.autograd.grad(y.sum(), activations, retain_graph=retain, allow_unused=True)
     if g is None:
         msg = (

@@ -98,7 +98,8 @@ def explain(net: SplitNet, x: Tensor, targets: Sequence[ResolvedTarget], methods
         msg = "nothing to explain: no target is given"
         raise SpecError(msg)
     split = net.forward(x)
-    y, index = select(split.scores, targets)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
+        y, index = select(split.scores, targets)
     column, sign = columns(index, targets)
     scores = split.scores.detach()
     grid = split.activations.shape[2:]
