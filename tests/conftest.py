@@ -28,9 +28,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of 4 logical CPUs, whatever the machine has; pools opened meanwhile join it."""
-    from workers.ray_pool import ray, start_ray
+    from workers.ray_pool import start_ray  # before ray, as it sets what ray reads on import
 
     started = start_ray("local", cpus=4)
+    import ray
+
     yield
     if started:
         ray.shutdown()

@@ -239,7 +239,10 @@ class Dispatcher:
         log.warning(
             "worker %s could not be started %d times and is given up: %s", slot.name, slot.starts, error
         )
+        slot.replica.kill()
         self._slots.remove(slot)
+        if slot.alone is not None:
+            slot.alone.run.waiting.appendleft(slot.alone)
         if not any(other.lane == slot.lane for other in self._slots):
             self._stop(WorkerLostError(f"No {slot.name.split('-')[0]} worker could be started: {error}"))
 
@@ -282,7 +285,11 @@ class Dispatcher:
         job.run.out.put(report)
 
     def _lost(self, slot: _Slot, error: WorkerLostError) -> None:
-        """Replace a dead process: what it ran is charged with the death, what it had queued is not."""
+        """Replace a dead process: what it ran is charged with the death, what it had queued is not.
+
+        A report that was on its way when the process died is lost with it: its task is then taken for the
+        one that ran, is charged, and done again.
+        """
         for call in [call for call in slot.calls if call.future.done() and call.future.exception() is None]:
             self._settle(slot, call, None)
         calls = list(slot.calls)

@@ -86,13 +86,15 @@ class RayPool:
     """
 
     def __init__(self, settings: PoolSettings, stall_s: float = 600.0) -> None:
-        cores = (settings.workers or 0) * (settings.threads or 1)
-        self._started = start_ray(settings.address, max(cores, os.cpu_count() or 1) if cores else None)
+        threads = settings.threads or 1
+        # Room for the workers asked for and one more, as CPU actors beside GPU ones come on top.
+        room = (settings.workers + 1) * threads if settings.workers else None
+        self._started = start_ray(settings.address, max(room, os.cpu_count() or 1) if room else None)
         try:
             offer: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             cpus, gpus = int(offer.get("CPU", 0)), int(offer.get("GPU", 0))
             self._lanes = plan_lanes(cpus, gpus, settings)
-            asked = sum(lane.size * lane.threads for lane in self._lanes)
+            asked = sum(lane.size * lane.cpus for lane in self._lanes)
             if asked > cpus:
                 log.warning(
                     "%d CPUs are asked of Ray, which has %d: some workers may never start", asked, cpus
@@ -132,11 +134,12 @@ class RayPool:
 
 @dataclass(frozen=True)
 class Lane:
-    """Actors of one kind: how many, and the CPUs and threads of each."""
+    """Actors of one kind: how many, the threads of each, and the CPUs it claims of Ray."""
 
     name: Literal["gpu", "cpu"]
     size: int
     threads: int
+    cpus: int
 
     def __str__(self) -> str:
         actors, threads = "s" * (self.size != 1), "s" * (self.threads != 1)
@@ -144,13 +147,13 @@ class Lane:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Ray's options of the actors: they claim what they use, and find no device that another one owns."""
+        """Ray's options of the actors; a CPU actor finds no device, as another one owns it."""
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         env = dict.fromkeys(names, str(self.threads))
         if self.name == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
         return {
-            "num_cpus": self.threads,
+            "num_cpus": self.cpus,
             "num_gpus": int(self.name == "gpu"),
             "max_restarts": 0,  # the dispatcher counts deaths and respawns
             "max_task_retries": 0,
@@ -164,11 +167,17 @@ def plan_lanes(cpus: int, gpus: int, settings: PoolSettings) -> list[Lane]:
     With GPUs, half of the CPUs feed the devices unless `threads` says otherwise, the rest stitch and write.
     """
     threads = settings.threads or 1
+    claim = min(
+        threads, max(1, cpus)
+    )  # more threads than Ray has CPUs: what would never start is not asked for
     if not gpus:
-        return [Lane("cpu", settings.workers or max(1, cpus // threads), threads)]
+        return [Lane("cpu", settings.workers or max(1, cpus // threads), threads, claim)]
     devices = min(gpus, settings.workers or gpus)
     share = settings.threads or max(1, cpus // (2 * devices))
-    return [Lane("gpu", devices, share), Lane("cpu", max(1, (cpus - devices * share) // threads), threads)]
+    rest = cpus - devices * share
+    # A device's actor claims no CPU where that would leave none for stitching.
+    gpu = Lane("gpu", devices, share, share if rest >= claim else 0)
+    return [gpu, Lane("cpu", max(1, rest // threads), threads, claim)]
 
 
 class _Host:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -21,18 +22,28 @@ from schemas.run import PoolSettings, Report, UnitTask
 from tests.conformance import workers as w
 from workers.pool import WORKERS_KEPT, Pool, SerialPool, Stage, Worker, open_pool
 
+if TYPE_CHECKING:
+    from workers.ray_pool import RayPool
 
-@pytest.fixture(scope="module", params=["serial", pytest.param("ray", marks=pytest.mark.ray)])
-def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
-    if request.param == "ray":
-        request.getfixturevalue("ray_session")
-    pool = open_pool(PoolSettings(kind=request.param, workers=2))
+
+@pytest.fixture(scope="module")
+def ray_pool(ray_session: None) -> Iterator[RayPool]:
+    from workers.ray_pool import RayPool
+
+    pool = RayPool(PoolSettings(kind="ray", workers=2))
     yield pool
     pool.close()
 
 
+@pytest.fixture(scope="module", params=["serial", pytest.param("ray", marks=pytest.mark.ray)])
+def pool(request: pytest.FixtureRequest) -> Pool:
+    if request.param == "ray":
+        return cast(Pool, request.getfixturevalue("ray_pool"))
+    return open_pool(PoolSettings(kind="serial"))
+
+
 def stage(folder: Path, worker: type[Worker] = w.Counting, **init: object) -> Stage:
-    return Stage("count", worker, w.Init(folder=str(folder), **init))  # type: ignore[arg-type]
+    return Stage("count", worker, w.Init(folder=str(folder), **init))
 
 
 def units(n: int) -> list[UnitTask]:
@@ -211,7 +222,7 @@ class TestEveryPool:
 def test_a_closed_pool_refuses(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if kind == "ray":
         request.getfixturevalue("ray_session")
-    pool = open_pool(PoolSettings(kind=kind, workers=1))  # type: ignore[arg-type]
+    pool = open_pool(PoolSettings(kind=kind, workers=1))
     open_run = pool.run(stage(tmp_path, sleep=0.01), units(100))
     next(open_run)
     pool.close()
@@ -230,60 +241,56 @@ def test_serial_stops_when_the_device_is_lost(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_poisonous_unit_takes_no_neighbour(
-    ray_session: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ray_pool: RayPool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from workers.ray_pool import RayPool
-
-    pool = RayPool(PoolSettings(kind="ray", workers=2))
-    try:
-        other: list[Report] = []
-        beside = threading.Thread(target=lambda: other.extend(pool.run(stage(tmp_path, name="b"), units(20))))
-        beside.start()
-        reports = {unit_of(r): r for r in pool.run(stage(tmp_path, w.Dies, poison=3), units(12))}
-        beside.join(30)
-        assert set(reports) == set(range(12))
-        assert [i for i, r in reports.items() if r.error] == [3]
-        assert "unit 3: the worker process was lost 3 times" in reports[3].error
-        assert "\n" not in reports[3].error
-        assert (reports[3].attempts, marks(tmp_path, "failed"), pool.respawns) == (3, 3, 3)
-        assert {r.attempts for i, r in reports.items() if i != 3} == {1}
-        assert sorted(unit_of(r) for r in other if not r.error and r.attempts == 1) == list(range(20))
-        # A lost device costs the process, and the unit is done by the next one.
-        (tmp_path / "device").mkdir()
-        lost = {
-            unit_of(r): r
-            for r in pool.run(stage(tmp_path / "device", w.LosesDevice, poison=0, times=1), units(4))
-        }
-        assert {i: (r.error, r.attempts) for i, r in lost.items()} == {
-            0: ("", 2),
-            1: ("", 1),
-            2: ("", 1),
-            3: ("", 1),
-        }
-        assert pool.respawns == 4
-    finally:
-        pool.close()
-    assert capfd.readouterr().out == ""
+    before = ray_pool.respawns
+    other: list[Report] = []
+    beside = threading.Thread(target=lambda: other.extend(ray_pool.run(stage(tmp_path, name="b"), units(20))))
+    beside.start()
+    reports = {unit_of(r): r for r in ray_pool.run(stage(tmp_path, w.Dies, poison=3), units(12))}
+    beside.join(60)
+    assert set(reports) == set(range(12))
+    assert [i for i, r in reports.items() if r.error] == [3]
+    assert "unit 3: the worker process was lost 3 times" in reports[3].error
+    assert "\n" not in reports[3].error
+    assert (reports[3].attempts, marks(tmp_path, "failed"), ray_pool.respawns - before) == (3, 3, 3)
+    assert {r.attempts for i, r in reports.items() if i != 3} == {1}
+    assert sorted(unit_of(r) for r in other if not r.error and r.attempts == 1) == list(range(20))
+    assert capfd.readouterr().out == ""  # where results go, Ray tells no obituaries
 
 
 @pytest.mark.ray
-def test_ray_shares_fairly_and_works_on_while_another_run_is_read(ray_session: None, tmp_path: Path) -> None:
-    pool = open_pool(PoolSettings(kind="ray", workers=2, threads=2))
-    try:
-        big = pool.run(stage(tmp_path, name="big", sleep=0.03), units(60))
-        read_big = [unit_of(next(big))]
-        started = time.monotonic()
-        small = [unit_of(r) for r in pool.run(stage(tmp_path, sleep=0.03, name="small"), units(20))]
-        assert sorted(small) == list(range(20))
-        # Nobody took a report of the big run, whose pulled tasks are done by now all the same.
-        assert all(marks(tmp_path, f"unit{i}") == 2 for i in range(1, 8))
-        assert time.monotonic() - started < 60 * 0.03  # not after the big one
-        read_big += [unit_of(r) for r in big]
-        assert sorted(read_big) == list(range(60))
-        report = next(pool.run(stage(tmp_path, w.TellsThreads), units(1)))
-        assert report.notes == ("2", "")
-    finally:
-        pool.close()
+def test_a_lost_device_costs_the_process_not_the_unit(ray_pool: RayPool, tmp_path: Path) -> None:
+    before = ray_pool.respawns
+    reports = {
+        unit_of(r): r for r in ray_pool.run(stage(tmp_path, w.LosesDevice, poison=0, times=1), units(4))
+    }
+    assert {i: (r.error, r.attempts) for i, r in reports.items()} == {
+        0: ("", 2),
+        1: ("", 1),
+        2: ("", 1),
+        3: ("", 1),
+    }
+    assert ray_pool.respawns - before == 1
+
+
+@pytest.mark.ray
+def test_ray_shares_fairly_and_works_on_while_another_run_is_read(ray_pool: RayPool, tmp_path: Path) -> None:
+    big = ray_pool.run(stage(tmp_path, name="big", sleep=0.03), units(60))
+    read_big = [unit_of(next(big))]
+    small = [unit_of(r) for r in ray_pool.run(stage(tmp_path, sleep=0.03, name="small"), units(20))]
+    assert sorted(small) == list(range(20))
+    # Nobody took a report of the big run, whose pulled tasks are done by now all the same, and no others.
+    assert all(marks(tmp_path, f"unit{i}") == 2 for i in range(1, 8))
+    assert all(marks(tmp_path, f"unit{i}") == 0 for i in range(20, 60))
+    read_big += [unit_of(r) for r in big]
+    assert sorted(read_big) == list(range(60))
+
+
+@pytest.mark.ray
+def test_actors_are_told_their_threads_and_find_no_device(ray_pool: RayPool, tmp_path: Path) -> None:
+    (report,) = ray_pool.run(stage(tmp_path, w.TellsThreads), units(1))
+    assert report.notes == ("1", "")
 
 
 @pytest.mark.parametrize(
@@ -293,6 +300,7 @@ def test_ray_shares_fairly_and_works_on_while_another_run_is_read(ray_session: N
         (8, 0, None, 4, ["2 CPU actors x 4 threads"]),
         (1, 0, None, 4, ["1 CPU actor x 4 threads"]),
         (8, 0, 3, 1, ["3 CPU actors x 1 thread"]),
+        (1, 1, None, None, ["1 GPU actor x 1 thread", "1 CPU actor x 1 thread"]),
         (16, 1, None, None, ["1 GPU actor x 8 threads", "8 CPU actors x 1 thread"]),
         (16, 4, None, None, ["4 GPU actors x 2 threads", "8 CPU actors x 1 thread"]),
         (16, 4, 2, 4, ["2 GPU actors x 4 threads", "2 CPU actors x 4 threads"]),
@@ -305,6 +313,8 @@ def test_actors_follow_what_ray_has(
 
     planned = plan_lanes(cpus, gpus, PoolSettings(kind="ray", workers=workers, threads=threads))
     assert [str(lane) for lane in planned] == lanes
+    if workers is None:
+        assert sum(lane.size * lane.cpus for lane in planned) <= cpus
     for lane in planned:
         assert ("CUDA_VISIBLE_DEVICES" in lane.options["runtime_env"]["env_vars"]) == (lane.name == "cpu")
         assert lane.options["num_gpus"] == (lane.name == "gpu")
