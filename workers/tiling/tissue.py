@@ -293,8 +293,8 @@ def _ink(density: Floats, um: tuple[float, ...]) -> dict[str, Mask]:
             _broad(
                 reddish & (saturation > 0.3) & (red_share < 0.03 + 0.05 * np.minimum(saturation, 0.8)), um
             ),
-            reddish & (red_share < 0.065),
-            reddish & (red_share < 0.13) & (saturation > 0.22),
+            reddish & ((red_share < 0.065) | ((red_share < 0.25) & (saturation > 0.65))),
+            reddish & (red_share < 0.1 + 0.25 * saturation**2) & (saturation > 0.22),
         ),
         "black": (_broad(dark, um), dark, (least > 0.22) & (saturation < 0.45 * strongest)),
     }
@@ -348,7 +348,10 @@ def _contrasting(
     image: NDArray[Any], factor: tuple[int, ...], um: tuple[float, ...]
 ) -> tuple[Mask, str, float, tuple[str, ...]]:
     coarse = _reduce(image, factor).astype(np.float32)
-    noises = [float(np.median(np.abs(np.diff(channel, axis=1)))) / 0.954 for channel in coarse]
+    # Of a difference of two normals; the image's edge is mirrored, so that one column will do.
+    noises = [
+        float(np.median(np.abs(np.diff(np.pad(c, 1, mode="symmetric"), axis=1)))) / 0.954 for c in coarse
+    ]
     sigma = _smooth(coarse, um)
     # What smoothing leaves of the noise; the 1 % end lies 2.3 of those below the background, 6 more are rare.
     floor = 8.3 * max(noises) / (2 * (np.pi * sigma[0] * sigma[1]) ** 0.5)
