@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-
-from workers.export.overview import write_overview
 
 from flows.blocks import BlockOrder
 from flows.plan import Job, Model, plan_image
@@ -19,6 +18,7 @@ from schemas.image import ImageRequest
 from schemas.run import BlockTask, ExplainRequest, ImageReport, PoolSettings, UnitTask
 from workers.explainer import Explainer, ExplainInit, pick_device
 from workers.export.nifti import write_nifti
+from workers.export.overview import write_overview
 from workers.pool import Pool, Stage
 from workers.publisher import predictions, publish_heatmap, write_image_report
 from workers.readers import open_image
@@ -26,6 +26,8 @@ from workers.stitcher import Stitcher, StitchInit
 from workers.stitching.grid import block_dependencies
 from workers.store.heatmap import HeatmapStore
 from workers.store.tiles import TilesStore
+
+log = logging.getLogger("gigacam")
 
 
 def explain_image(
@@ -38,8 +40,7 @@ def explain_image(
 ) -> ImageReport:
     """Take one image the whole way; what goes wrong ends in the report, not in an exception.
 
-    `SpecError` is raised where nothing was computed and only the request can mend it; KeyboardInterrupt
-    is left to the caller, since what was computed so far is in the store.
+    KeyboardInterrupt is left to the caller: what was computed so far is in the store.
     """
     name = Path(image.uri.partition("?")[0]).name or image.uri
     began = time.perf_counter()
@@ -48,8 +49,12 @@ def explain_image(
         job = plan_image(image, request, model)
         tell(Event(name, "plan", message=f"{job.plan.planned} tiles in {job.plan.units} units"))
         report = _compute(job, name, request, model, pool, settings, tell)
-    except (GigacamError, OSError) as error:
-        message = str(error) if isinstance(error, GigacamError) else f"{image.uri}: {error}"
+    except Exception as error:  # one image's failure, whatever it is, never ends the others
+        if isinstance(error, GigacamError):
+            message = error.message
+        else:
+            message = f"{image.uri}: {type(error).__name__}: {error}"
+            log.exception("%s failed", image.uri)
         tell(Event(name, "failed", message=message))
         return ImageReport(image=image.uri, status="failed", error=message)
     seconds = {**report.seconds, "all": time.perf_counter() - began}

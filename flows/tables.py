@@ -7,14 +7,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-import schemas.explanation
 import schemas.geometry
-import schemas.grid
-import schemas.heatmap
-import schemas.image
 import schemas.model
-import schemas.ngff
-import schemas.run
+import schemas.ngff  # noqa: F401
 from schemas.explanation import MethodInfo
 from schemas.frozen import Frozen
 from schemas.run import PlanSummary, RunReport
@@ -83,19 +78,9 @@ def method_table(methods: Sequence[MethodInfo]) -> Table:
 
 def json_schemas() -> dict[str, type[Frozen]]:
     """Every value of `schemas`, by class name."""
-    modules = (
-        schemas.explanation,
-        schemas.geometry,
-        schemas.grid,
-        schemas.heatmap,
-        schemas.image,
-        schemas.model,
-        schemas.ngff,
-        schemas.run,
-    )
-    values = [value for module in modules for value in vars(module).values()]
-    classes = [value for value in values if isinstance(value, type) and issubclass(value, Frozen)]  # type: ignore[redundant-expr]
-    return {found.__name__: found for found in classes if found.__name__ != "Frozen"}
+    return {
+        value.__name__: value for value in Frozen.__subclasses__() if value.__module__.startswith("schemas.")
+    }
 
 
 def _times(values: Sequence[float]) -> str:

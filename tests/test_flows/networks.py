@@ -1,0 +1,100 @@
+"""Networks whose maps are known, and cards for them; imported by workers by name."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from schemas.model import CamLayer, InputSpec, ModelCard, NetworkSpec, OutputSpec
+from workers.models.card import write_card
+
+
+class PooledChannels(nn.Module):
+    """Average pooling, then each channel summed: the HiResCAM of class c is the pooled channel c itself."""
+
+    def __init__(self, cell: int, ndim: int) -> None:
+        super().__init__()
+        self.pool = (nn.AvgPool2d, nn.AvgPool3d)[ndim - 2](cell)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x).flatten(2).sum(2)
+
+
+def pooled_channels(cell: int, ndim: int = 2) -> nn.Module:
+    return PooledChannels(cell, ndim)
+
+
+class ConstantMap(nn.Module):
+    """Whatever comes in, every cell is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(16)
+        self.ones = nn.Hardtanh(1.0, 1.0 + 1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ones(self.pool(x)).flatten(2).sum(2)[:, :2]
+
+
+def constant_map() -> nn.Module:
+    return ConstantMap()
+
+
+def write_factory_card(
+    folder: Path, function: str, args: dict[str, Any], layer: str, classes: tuple[str, ...], **inputs: Any
+) -> str:
+    """Card of a network made by a function of this module."""
+    folder.mkdir(parents=True, exist_ok=True)
+    card = ModelCard(
+        schema=1,
+        name=function,
+        version="1",
+        licence="Apache-2.0",
+        intended_use="tests",
+        network=NetworkSpec(adapter="factory", name=f"{__name__}:{function}", args=args),
+        input=InputSpec(**inputs),
+        output=OutputSpec(kind="logits", classes=classes),
+        cam=CamLayer(layer=layer),
+    )
+    write_card(folder / "model.toml", card)
+    return str(folder / "model.toml")
+
+
+def write_densenet_card(folder: Path, kind: str, **inputs: Any) -> str:
+    """Card of a small MONAI DenseNet with fixed random weights."""
+    from monai.networks.nets import DenseNet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = {"channels": 3 if kind == "slide" else 1, **inputs}
+    args = {
+        "spatial_dims": 2 if kind == "slide" else 3,
+        "in_channels": inputs["channels"],
+        "out_channels": 2,
+        "init_features": 8,
+        "growth_rate": 4,
+        "block_config": [2, 2],
+        "bn_size": 2,
+    }
+    torch.manual_seed(0)
+    save_file(DenseNet(**args).state_dict(), folder / "weights.safetensors")
+    sha256 = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    card = ModelCard(
+        schema=1,
+        name=f"tiny {kind}",
+        version="1",
+        licence="Apache-2.0",
+        intended_use="tests",
+        network=NetworkSpec(
+            adapter="monai", name="DenseNet", args=args, weights="weights.safetensors", sha256=sha256
+        ),
+        input=InputSpec(kind=kind, **inputs),
+        output=OutputSpec(kind="logits", classes=("benign", "tumour")),
+        cam=CamLayer(layer="class_layers.relu"),
+    )
+    write_card(folder / "model.toml", card)
+    return str(folder / "model.toml")
