@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from monai.networks.nets.densenet import DenseNet
 from safetensors.torch import save_file
 
 from schemas.model import CamLayer, InputSpec, ModelCard, NetworkSpec, OutputSpec
+from workers.models.card import write_card
 from workers.synthetic.slides import Progress, training_tiles
 from workers.synthetic.volumes import training_crops
 from workers.training.fit import fit, turn_and_jitter_tiles, turn_and_jitter_volumes
@@ -135,20 +135,3 @@ def _save(
     path = folder / "model.toml"
     write_card(path, card)
     return path
-
-
-def write_card(path: Path, card: ModelCard) -> None:
-    """Write `card` as TOML: strings, numbers, booleans and arrays are the same text in JSON."""
-    lines: list[str] = []
-    tables: list[tuple[str, dict[str, Any]]] = [
-        ("", card.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=False))
-    ]
-    while tables:
-        name, table = tables.pop(0)
-        lines += ["", f"[{name}]"] if name else []
-        for key, value in table.items():
-            if isinstance(value, dict):
-                tables.append((f"{name}.{key}".lstrip("."), value))
-            else:
-                lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -20,7 +20,6 @@ Progress = Callable[[int, int], None]
 _TILE = 256
 _PRESENT = 0.03  # share of a tile from which a class counts as present
 _TRAINING_SLIDES = 3
-_TRAINING_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,10 @@ def write_slide(
     return SlideTruth(size, mpp, layout.foci, lesion_mean, lesion_sd, distractor_mean, distractor_sd)
 
 
-def training_tiles(n: int, tile_px: int, seed: int) -> tuple[U8, NDArray[np.float32], NDArray[np.bool_]]:
-    """Cut labelled tiles from three other synthetic slides, a third each aimed at lesions, distractors, tissue.
+def training_tiles(
+    n: int, tile_px: int, seed: int, *, slide_px: int = 4096
+) -> tuple[U8, NDArray[np.float32], NDArray[np.bool_]]:
+    """Cut labelled tiles from three other synthetic slides (of `slide_px`), a third each aimed at lesions, distractors, tissue.
 
     Returns
     -------
@@ -139,16 +140,16 @@ def training_tiles(n: int, tile_px: int, seed: int) -> tuple[U8, NDArray[np.floa
     for k, part in enumerate(np.array_split(np.arange(n), _TRAINING_SLIDES)):
         # a tuple never equals the plain seed of a slide that is written
         source = (seed, 2, k)
-        bands = list(paint(lay_out(_TRAINING_SIZE, source), source))
+        bands = list(paint(lay_out(slide_px, source), source))
         rgb = np.concatenate([band for _, band, _ in bands])
         truth = np.concatenate([band for _, _, band in bands])
         tissue = rgb.min(axis=2) < 225
         aims = [np.flatnonzero(where[::8, ::8]) for where in (truth == LESION, truth == DISTRACTOR, tissue)]
         for i in part:
             aim = aims[i % 3]
-            row, column = np.divmod(int(rng.choice(aim)), _TRAINING_SIZE // 8)
+            row, column = np.divmod(int(rng.choice(aim)), slide_px // 8)
             corner = np.array([row, column]) * 8 - rng.integers(0, tile_px, 2)
-            top, left = np.clip(corner, 0, _TRAINING_SIZE - tile_px)
+            top, left = np.clip(corner, 0, slide_px - tile_px)
             box = np.s_[top : top + tile_px, left : left + tile_px]
             x[i] = rgb[box].transpose(2, 0, 1)
             share[i] = (truth[box] == DISTRACTOR).mean(), (truth[box] == LESION).mean()

@@ -131,8 +131,8 @@ def write_phantom(
     affine = np.diag([*step, 1.0])
     affine[:3, 3] = -step * (np.array(shape[::-1]) - 1) / 2
     for where, array in ((path, phantom.values), (truth_path, phantom.truth)):
-        image = nib.nifti1.Nifti1Image(array.transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
-        image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
+        image = nib.nifti1.Nifti1Image(array.transpose(2, 1, 0), affine)
+        image.header.set_xyzt_units("mm")
         nib.save(image, where)
     return phantom
 
