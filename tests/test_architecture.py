@@ -59,7 +59,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "workers.stitching": frozenset({"numpy", "scipy", "skimage"}),
     "workers.metrics": frozenset({"numpy", "scipy", "skimage"}),
     "workers.cam": frozenset({"numpy", "scipy", "skimage", "torch"}),
-    "flows": frozenset({"prefect", "pydantic", "rich", "typer", "click"}),
+    "flows": frozenset({"prefect", "pydantic", "rich", "typer"}),
 }
 """Where only these third-party packages belong: definitions, numerics, and the layer that computes nothing."""
 

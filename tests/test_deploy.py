@@ -14,11 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer.main
 import yaml
 from packaging.requirements import Requirement
+from typer.core import TyperGroup
 
 from flows.cli import app
 from flows.settings import QUIET
@@ -90,7 +90,7 @@ def pod_templates(spec: dict[str, Any]) -> list[dict[str, Any]]:
 def cli_options(command: str) -> set[str]:
     """The long options of a `gigacam` command."""
     group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
+    assert isinstance(group, TyperGroup)
     commands = group.commands
     assert command in commands, f"gigacam has no command {command!r}"
     return {
