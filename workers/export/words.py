@@ -1,0 +1,78 @@
+"""What an overview says in words: numbers, lengths, units, scopes, written for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from schemas.explanation import Unit
+from schemas.heatmap import ChannelInfo, Coverage
+from schemas.image import ImageMeta
+from schemas.run import HeatmapInfo, MapGrid
+
+INTENDED_USE = "For research use only. Not for use in diagnostic procedures."
+UNITS: Mapping[Unit, str] = {"logit": "logit", "logit/cell": "logit per cell", "1": "no unit"}
+COVERAGE_WORDS: Mapping[Coverage, str] = {
+    Coverage.PENDING: "not computed yet",
+    Coverage.EVALUATED: "evaluated: outlined",
+    Coverage.FAILED: "failed: no value",
+    Coverage.BACKGROUND: "background: not evaluated",
+    Coverage.LEFT_OUT: "left out by choice",
+}
+
+
+def number(value: float) -> str:
+    """Three significant digits, a true minus sign."""
+    return f"{value:.3g}".replace("-", "−")
+
+
+def length(size: float, unit: str) -> str:
+    """A length in um or mm, in the unit people would use."""
+    if unit == "um":
+        return f"{number(size / 1000)} mm" if size >= 1000 else f"{number(size)} µm"
+    return f"{number(size)} mm"
+
+
+def sides(sizes: Sequence[float], unit: str) -> str:
+    """`(z,) y, x` sizes as `x × y (× z)` in one unit, once where all are equal."""
+    shown = [f"{v:.3g}" for v in reversed(sizes)]
+    name = "µm" if unit == "um" else "mm"
+    return f"{shown[0]} {name}" if len(set(shown)) == 1 else f"{' × '.join(shown)} {name}"
+
+
+def nice_length(most: float) -> float:
+    """The largest of 1, 2, 5 times a power of ten that is not above `most`."""
+    power = 10.0 ** math.floor(math.log10(most))
+    return max(m * power for m in (1, 2, 5) if m * power <= most * (1 + 1e-9))
+
+
+def subtitle(meta: ImageMeta, info: HeatmapInfo) -> str:
+    """Size and scale of image and heatmap."""
+    size = " × ".join(str(n) for n in reversed(meta.shape_l0))
+    pixel = "pixel" if meta.kind == "slide" else "voxel"
+    heat = [d * s for d, s in zip(info.grid.downsample, info.spacing, strict=True)]
+    return (
+        f"{size} {pixel}s of {sides(info.spacing, info.spacing_unit)}   ·   "
+        f"heatmap {pixel} {sides(heat, info.spacing_unit)}"
+    )
+
+
+def target(channel: ChannelInfo) -> str:
+    """What the channel explains."""
+    if channel.target_index is None:
+        return "Target: the class predicted for each tile"
+    return f"Target: {channel.target}"
+
+
+def cell(grid: MapGrid, info: HeatmapInfo) -> str:
+    """Native size of a CAM cell: detail below it is interpolation."""
+    size = [c * s for c, s in zip(grid.cell_l0, info.spacing, strict=True)]
+    cells = " × ".join(str(n) for n in reversed(grid.shape))
+    return f"Native CAM cell {sides(size, info.spacing_unit)} ({cells} cells a tile); finer detail is interpolated"
+
+
+def display(signed: bool, kind: str, published: bool) -> str:
+    """Where the display window comes from, and over what."""
+    values = "|value|" if signed else "values"
+    scope = f"all evaluated pixels of this {kind}" if published else "the resolution drawn here"
+    return f"Display window: 99.5 % of {values} over {scope}"
