@@ -79,7 +79,7 @@ def position_words(meta: ImageMeta, voxel: Sequence[float]) -> str:
     xyz1 = np.array([*(v - 0.5 for v in reversed(voxel)), 1.0])
     world = np.asarray(meta.affine)[:3] @ xyz1
     letters = ("RL", "AP", "SI")
-    return ", ".join(f"{pair[v < 0]} {abs(v):.1f}" for pair, v in zip(letters, world, strict=True)) + " mm"
+    return ", ".join(f"{pair[int(v < 0)]} {abs(v):.1f}" for pair, v in zip(letters, world, strict=True)) + " mm"
 
 
 def grey(values: Sequence[NDArray[np.float32]], background: float) -> list[NDArray[np.uint8]]:
