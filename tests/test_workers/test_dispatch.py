@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -197,6 +198,37 @@ def test_a_death_that_was_chance_costs_an_attempt_only(floors: Callable[..., Flo
     assert len(reports) == 8
     assert not errors(reports)
     assert sum(r.attempts for r in reports) == 10
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_one_report_a_task_whatever_dies(floors: Callable[..., Floor], seed: int) -> None:
+    chance = random.Random(seed)
+
+    class Fragile(Squares):
+        def work(self, unit: int) -> None:
+            if chance.random() < 0.1:
+                raise Deadly
+
+    floor = floors(size=3)
+    got: dict[int, list[str]] = {}
+
+    def one(run: int) -> None:
+        reports = floor.run(Fragile, 40, str(run))
+        if run == 3:
+            next(reports)
+            reports.close()  # type: ignore[attr-defined]
+        else:
+            got[run] = [r.key for r in reports]
+
+    threads = [threading.Thread(target=one, args=(run,)) for run in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert {run: sorted(keys) for run, keys in got.items()} == {
+        run: sorted(f"unit {i}" for i in range(40)) for run in range(3)
+    }
+    assert floor.dispatcher.respawns > 0
 
 
 def test_a_worker_that_kills_its_maker_fails_its_run_only(floors: Callable[..., Floor]) -> None:
