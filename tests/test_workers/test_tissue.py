@@ -31,6 +31,12 @@ def thumb(name: str) -> RGB:
     return np.moveaxis(np.asarray(Image.open(THUMBS / name).convert("RGB")), -1, 0)
 
 
+def nifti(name: str) -> NDArray[Any]:
+    image = nibabel.load(DATA / name)
+    assert isinstance(image, nibabel.Nifti1Image)
+    return np.asarray(image.dataobj).T
+
+
 def found(image: NDArray[Any], um: float) -> TissueMask:
     return tissue_mask(image, (um, um), SPEC)
 
@@ -233,11 +239,21 @@ class TestSyntheticSlides:
         plain = stained(glass(SHAPE, colour), TISSUE, (HAEMATOXYLIN, EOSIN))
         padded = np.pad(plain, ((0, 0), (300, 200), (400, 100)), constant_values=pad)
         inside = found(picture(plain), 8).mask
-        mask = found(picture(padded), 8).mask
+        result = found(picture(padded), 8)
+        mask = result.mask
+        assert result.notes == ()
         assert iou(mask[300:-200, 400:-100], inside) > 0.99
         assert iou(inside, TISSUE) > 0.95
         mask[300:-200, 400:-100] = False
         assert not mask.any()
+
+    def test_black_padding_right_beside_dark_tissue(self) -> None:
+        dark = stained(glass((200, 200)), np.ones((200, 200), bool), ((1.1, 1.8, 1.05),))
+        image = picture(np.concatenate([np.zeros((3, 200, 100)), dark, glass((200, 100))], axis=2))
+        result = found(image, 8)
+        assert share(result.mask, slice(0, 200), slice(102, 298)) > 0.98
+        assert not result.mask[:, :98].any()
+        assert result.notes == ()
 
     @pytest.mark.parametrize("pad", [255, 0, 240])
     @pytest.mark.parametrize("colour", [(240, 239, 241), (225, 220, 230)])
@@ -285,9 +301,10 @@ class TestSyntheticSlides:
         assert mask[ellipse(SHAPE, (300, 450), (12, 12))].all()
 
     def test_scale(self) -> None:
-        fine = np.kron(slide(), np.ones((1, 4, 4)))
+        small = slide()[:, 40:240, 20:260]
+        fine = np.kron(small, np.ones((1, 4, 4)))
         noisy = picture(fine + np.random.default_rng(5).normal(0, 4, fine.shape))
-        mask_2, mask_8 = found(noisy, 2).mask, found(picture(slide()), 8).mask
+        mask_2, mask_8 = found(noisy, 2).mask, found(picture(small), 8).mask
         assert mask_2.shape == fine.shape[1:]
         assert iou(mask_2[2::4, 2::4], mask_8) > 0.95
 
@@ -396,10 +413,7 @@ class TestVolumes:
         assert foreground_mask(inside, (1, 1, 1), SPEC).fraction > 0.95
 
     def test_real_ct(self) -> None:
-        ct, labels = (
-            np.asarray(nibabel.load(DATA / f"totalseg_ct_3mm_slab30{part}.nii.gz").dataobj).T
-            for part in ("", "_labels")
-        )
+        ct, labels = (nifti(f"totalseg_ct_3mm_slab30{part}.nii.gz") for part in ("", "_labels"))
         result = foreground_mask(ct[None], (3, 3, 3), SPEC)
         assert result.method == "hounsfield"
         assert result.mask[labels > 0].mean() > 0.999
@@ -407,7 +421,7 @@ class TestVolumes:
         assert not result.mask[:, [0, 0], [0, -1]].any()
 
     def test_real_mr(self) -> None:
-        brain = np.asarray(nibabel.load(DATA / "mni152_2009a_t1_1mm.nii.gz").dataobj).T[::3, ::3, ::3]
+        brain = nifti("mni152_2009a_t1_1mm.nii.gz")[::3, ::3, ::3]
         result = foreground_mask(brain[None], (3, 3, 3), SPEC)
         assert result.mask[brain > 60].all()
         assert 0.2 < result.fraction < 0.25

@@ -19,20 +19,18 @@ from skimage.filters import threshold_otsu
 
 from schemas.errors import SpecError
 from schemas.grid import TissueSpec
+from workers.tiling.ink import COLD, find_ink
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
+_BLACK = 4  # as black padding is after compression
 _GLASS = 240.0  # assumed where a slide shows no glass
 _FLOOR, _CEILING = 0.03, 0.055  # saturation in optical density: above glass and its noise, below pale tissue
 _PALE = 0.02  # what adjoins tissue need only reach this
 _RELATIVE = 0.2  # of the strongest channel: below it an absorber is grey (dust, shadow, bar, line)
 _SMOOTH_UM = 8.0
 _INK_UM = 32.0  # ink is looked for at this scale: nuclei and folds average out, a stroke does not
-_INK_REACH_UM = 800.0  # about a pen's width: how far ink is followed from where it is unmistakable
-_INK_RIM_UM = 32.0
-_STROKE_UM = 150.0  # narrower than any pen
-_COLD = 0.05  # red over green density, beyond any haematoxylin
 _HU_BODY = -500.0  # midway between air and soft tissue
 _HU_AIR_SHARE = 0.005
 _VOLUME_CEILING = 0.15
@@ -214,16 +212,19 @@ def _stained(
         glass = np.full(3, _GLASS, np.float32)
         notes.append(f"no glass in view: {_GLASS:g} assumed")
     coarse = _reduce(image, factor)
-    ignored = (coarse.min(0) == 255) | (coarse.max(0) == 0)  # padding
+    ignored = _padding(coarse)
     ink_factor = tuple(max(1, int(_INK_UM / u + 1e-6)) for u in um)
     ink_um = tuple(u * f for u, f in zip(um, ink_factor, strict=True))
-    inks = _ink(_density(_reduce(coarse, ink_factor), glass), ink_um)
+    coarser = _reduce(coarse, ink_factor)
+    density = _density(coarser, glass)
+    density[:, _padding(coarser)] = 0  # black padding is no ink to follow into dark tissue
+    inks = find_ink(density, ink_um)
     notes.extend(f"{name} ink removed" for name, found in inks.items() if found.any())
 
     density = _density(coarse, glass)
     _smooth(density, um)
     ignored |= _enlarge(np.logical_or.reduce(list(inks.values())), ink_factor, coarse.shape[1:])
-    ignored |= density[0] - density[1] > _COLD
+    ignored |= density[0] - density[1] > COLD
     strongest = np.maximum(np.maximum(density[0], density[1]), density[2])
     saturation = np.minimum(np.minimum(density[0], density[1]), density[2])
     del density
@@ -235,6 +236,11 @@ def _stained(
     if (mask & ignored).any():  # what filling took back; the slivers it leaves are specks
         mask = _drop(mask & ~ignored, um, spec.min_speck_um)
     return mask, "saturation+otsu", threshold, tuple(notes)
+
+
+def _padding(rgb: NDArray[Any]) -> Mask:
+    padding: Mask = (rgb.min(0) == 255) | (rgb.max(0) <= _BLACK)
+    return padding
 
 
 def _glass(image: NDArray[Any]) -> Floats | None:
@@ -270,53 +276,6 @@ def _smooth(channels: Floats, um: tuple[float, ...]) -> list[float]:
     for channel in channels:
         ndimage.gaussian_filter(channel, sigma, output=channel, truncate=2.5)
     return sigma
-
-
-def _ink(density: Floats, um: tuple[float, ...]) -> dict[str, Mask]:
-    """Pen strokes by colour, in `(3, y, x)` optical densities averaged to about 32 um.
-
-    Each ink is sought where it is unmistakable, followed along its stroke, and then, within a pen's
-    width of that, taken to be what it tints. Haematoxylin, eosin and DAB absorb green at
-    least as much as red; green and blue inks don't. Red ink passes red light more completely than
-    eosin or blood do. Black ink is dark in every channel, as no section is at this scale.
-    """
-    red, green, blue = density
-    strongest, least = density.max(0), density.min(0)
-    saturation = strongest - least
-    red_share = red / (density.sum(0) + np.float32(1e-6))
-    cold = red - green > _COLD
-    reddish = (blue > 0.5 * green) & (saturation > 0.1)
-    dark = (least > 0.55) & (red <= green) & (saturation < 0.45 * strongest)
-    inks = {
-        "green or blue": (cold, cold, red - 0.75 * green > 0.03),
-        "red": (
-            _broad(
-                reddish & (saturation > 0.3) & (red_share < 0.03 + 0.05 * np.minimum(saturation, 0.8)), um
-            ),
-            reddish & ((red_share < 0.065) | ((red_share < 0.25) & (saturation > 0.65))),
-            reddish & (red_share < 0.1 + 0.25 * saturation**2) & (saturation > 0.22),
-        ),
-        "black": (_broad(dark, um), dark, (least > 0.22) & (saturation < 0.45 * strongest)),
-    }
-    rim = max(_INK_RIM_UM, 1.5 * max(um))
-    found: dict[str, Mask] = {}
-    for name, (seed, along, tinted) in inks.items():
-        stroke = seed
-        if seed.any():
-            stroke = ndimage.binary_propagation(seed, mask=seed | along)
-            near = ndimage.distance_transform_edt(~stroke, sampling=um) <= _INK_REACH_UM
-            stroke = ndimage.binary_propagation(stroke, mask=stroke | (tinted & near))
-            stroke = ndimage.distance_transform_edt(~stroke, sampling=um) <= rim
-        found[name] = stroke
-    return found
-
-
-def _broad(mask: Mask, um: tuple[float, ...]) -> Mask:
-    """What holds a square as wide as a pen stroke: no vessel, fold or nucleus."""
-    sides = [int(_STROKE_UM / u) | 1 for u in um]  # odd: an even square would shift
-    wide = np.ones((sides[0], sides[1]), bool)
-    broad: Mask = ndimage.binary_dilation(ndimage.binary_erosion(mask, wide, border_value=1), wide)
-    return broad
 
 
 def _between(saturation: Floats) -> float:
