@@ -115,10 +115,15 @@ def _open_dicom(path: Path, options: ReadOptions) -> Reader:
 
 
 def _open_slide(path: Path, options: ReadOptions) -> Reader:
+    from workers.readers.dicom import is_dicom
     from workers.readers.slide import CompressionRefused, SlideReader, detect
+    from workers.readers.tiff import TiffReader, beyond_openslide, is_tiff
 
     refusal = ""
-    if detect(path) is not None:
+    vendor = detect(path)
+    if vendor == "generic-tiff" and beyond_openslide(path):
+        return TiffReader(path, options)
+    if vendor is not None:
         try:
             return SlideReader(path, options)
         except CompressionRefused as error:
@@ -129,9 +134,6 @@ def _open_slide(path: Path, options: ReadOptions) -> Reader:
             f"not recognise its content, expected of a {path.suffix} file; copy it again from its source"
         )
         raise SourceError(msg)
-    from workers.readers.dicom import is_dicom
-    from workers.readers.tiff import TiffReader, is_tiff
-
     if is_tiff(path):
         return TiffReader(path, options, refusal)
     if is_dicom(path):

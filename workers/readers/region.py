@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from schemas.errors import SourceError, SpecError
 from schemas.geometry import Box
 from schemas.image import WHOLE_IMAGE_LIMIT_PX, ImageMeta
-from workers.readers.resample import resample
+from workers.readers.resample import ALIGNED_PX, resample
 
 Fetch = Callable[
     [int, tuple[int, ...], tuple[int, ...]],
@@ -60,27 +60,19 @@ def read_region(
         return np.full((meta.channels, *shape_px), meta.background, dtype=dtype), coverage
 
     lv = meta.levels[level]
-    first, scale, start_lv, stop_lv = [], [], [], []
-    for axis, (a, b) in enumerate(ranges):
-        step = (box.stop[axis] - box.start[axis]) / shape_px[axis] / lv.downsample[axis]
-        edge = box.start[axis] / lv.downsample[axis] + a * step
-        margin = max(1.0, step)
-        low = min(max(math.floor(edge + 0.5 * step - margin), 0), lv.shape[axis] - 1)
-        high = math.ceil(edge + (b - a - 0.5) * step + margin)
-        first.append(edge)
-        scale.append(step)
-        start_lv.append(low)
-        stop_lv.append(max(min(high, lv.shape[axis]), low + 1))
-    if meta.kind == "slide":
-        _refuse_huge(meta, box, level, tuple(b - a for a, b in zip(start_lv, stop_lv, strict=True)))
-
-    pixels, origin = fetch(level, tuple(start_lv), tuple(stop_lv))
-    part = resample(
-        pixels,
-        tuple(a - o for a, o in zip(first, origin, strict=True)),
-        tuple(scale),
-        tuple(b - a for a, b in ranges),
+    scale = tuple(
+        (b - a) / n / d for a, b, n, d in zip(box.start, box.stop, shape_px, lv.downsample, strict=True)
     )
+    first = tuple(
+        a / d + i * s for a, d, (i, _), s in zip(box.start, lv.downsample, ranges, scale, strict=True)
+    )
+    count = tuple(b - a for a, b in ranges)
+    start_lv, stop_lv = support(first, scale, count, lv.shape)
+    if meta.kind == "slide":
+        _refuse_huge(meta, box, level, start_lv, stop_lv)
+
+    pixels, origin = fetch(level, start_lv, stop_lv)
+    part = resample(pixels, tuple(a - o for a, o in zip(first, origin, strict=True)), scale, count)
     if part.shape[1:] == tuple(shape_px):
         return part, coverage
     out = np.full((meta.channels, *shape_px), meta.background, dtype=dtype)
@@ -88,10 +80,30 @@ def read_region(
     return out, coverage
 
 
-def _refuse_huge(meta: ImageMeta, box: Box, level: int, shape_lv: tuple[int, ...]) -> None:
-    if math.prod(shape_lv) > WHOLE_IMAGE_LIMIT_PX:
+def support(
+    first: tuple[float, ...], scale: tuple[float, ...], count: tuple[int, ...], shape_lv: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Level pixels that have weight in `count` output pixels of size `scale` from edge `first`: start and stop.
+
+    No pixel more: a neighbouring tile of the file that is damaged must not fail a read that needs none of it.
+    """
+    start, stop = [], []
+    for a, s, n, size in zip(first, scale, count, shape_lv, strict=True):
+        reach = max(1.0, s)
+        low = math.floor(a + 0.5 * s - reach - 0.5 + ALIGNED_PX) + 1
+        high = math.ceil(a + (n - 0.5) * s + reach - 0.5 - ALIGNED_PX)
+        start.append(min(max(low, 0), size - 1))
+        stop.append(max(min(high, size), start[-1] + 1))
+    return tuple(start), tuple(stop)
+
+
+def _refuse_huge(
+    meta: ImageMeta, box: Box, level: int, start_lv: tuple[int, ...], stop_lv: tuple[int, ...]
+) -> None:
+    pixels = math.prod(b - a for a, b in zip(start_lv, stop_lv, strict=True))
+    if pixels > WHOLE_IMAGE_LIMIT_PX:
         msg = (
-            f"{meta.uri}: box {box.start}-{box.stop} is {math.prod(shape_lv) / 1e6:.0f} Mpx of level {level}; "
+            f"{meta.uri}: box {box.start}-{box.stop} is {pixels / 1e6:.0f} Mpx of level {level}; "
             f"at most {WHOLE_IMAGE_LIMIT_PX / 1e6:.0f} Mpx are read at once: read a smaller box or a coarser level"
         )
         raise SourceError(msg)

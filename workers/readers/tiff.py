@@ -32,6 +32,20 @@ def is_tiff(path: Path) -> bool:
         return file.read(4) in MAGIC
 
 
+def beyond_openslide(path: Path) -> bool:
+    """Whether a TIFF holds more than OpenSlide's generic reader shows of it.
+
+    That reader takes the first image of any tiled TIFF as 8-bit RGB: of an OME-TIFF it drops channels,
+    levels and pixel size, of deeper pixels the lower bits.
+    """
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages.first
+            return bool(file.is_ome or page.bitspersample != 8)
+    except (tifffile.TiffFileError, ValueError, IndexError, OSError):
+        return False
+
+
 class TiffReader:
     """One slide in a TIFF, all its levels; decodes the tiles or strips that a read needs.
 
