@@ -338,6 +338,47 @@ def test_a_big_tiff_in_one_piece_is_refused(tmp_path: Path) -> None:
         open_image(str(path), MPP)
 
 
+@pytest.mark.parametrize(
+    ("name", "keep", "said"),
+    [
+        ("CMU-1-Small-Region.pyramid3.tiff", 900_000, "truncated: [0-9]+ of [0-9]+ tiles"),
+        ("CMU-1-Small-Region.pyramid3.tiff", 1_340_000, "damaged"),
+        ("XYC_coordinate_grid.lzw.ome.tiff", 60_000, "truncated: [0-9]+ of 16 tiles"),
+        ("XYC_coordinate_grid.png", 20_000, "truncated"),
+        ("sm_image_50x50.dcm", 9_000, "damaged"),
+        ("XYC_coordinate_grid.lzw.ome.tiff", 0, "not an image that can be read"),
+    ],
+)
+def test_a_truncated_file_is_refused_when_opened(name: str, keep: int, said: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes((DATA / name).read_bytes()[:keep])
+    with pytest.raises(SourceError, match=said) as caught:
+        open_image(str(path), MPP)
+    assert str(path) in caught.value.message
+
+
+def test_tiles_left_out_of_a_tiff_are_glass(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.ome.tif"
+    pixels = np.full((256, 256, 3), 90, np.uint8)
+    write_tiff(
+        path,
+        pixels,
+        tile=(128, 128),
+        photometric="rgb",
+        metadata={"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5},
+    )
+    with tifffile.TiffFile(path, mode="r+") as file:
+        page = file.pages.first
+        counts = list(page.databytecounts)
+        page.tags["TileByteCounts"].overwrite([*counts[:3], 0])
+        page.tags["TileOffsets"].overwrite([*page.dataoffsets[:3], 0])
+    reader = open_image(str(path))
+    whole, _ = reader.read(box(0, 0, 256, 256), (256, 256), 0)
+    assert (whole[:, 128:, 128:] == 255).all()
+    assert (whole[:, :128] == 90).all()
+    reader.close()
+
+
 def test_a_big_picture_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     path = tmp_path / "big.png"
     Image.new("1", (10_000, 6_401)).save(path)

@@ -44,8 +44,8 @@ class ArrayReader:
         self, level: int, start: tuple[int, ...], stop: tuple[int, ...]
     ) -> tuple[NDArray[Any], tuple[float, ...]]:
         pixels = self._take(level, tuple(slice(a, b) for a, b in zip(start, stop, strict=True)))
-        if np.issubdtype(pixels.dtype, np.floating):
-            pixels = np.nan_to_num(pixels, nan=self.meta.background, copy=True)
+        if self.meta.dtype == "float32":
+            pixels = np.nan_to_num(pixels.astype(np.float32), nan=self.meta.background, copy=False)
         return pixels, tuple(map(float, start))
 
 
@@ -98,7 +98,7 @@ def array_meta(
         kind=kind,
         format=format_,
         channels=channels,
-        dtype="uint8" if dtype == np.uint8 else "float32",
+        dtype="uint8" if dtype == np.uint8 and kind == "slide" else "float32",
         levels=tuple(levels),
         spacing=spacing,
         spacing_source=source,

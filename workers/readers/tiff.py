@@ -93,8 +93,11 @@ class TiffReader:
             self._file = tifffile.TiffFile(self._path)
         series = max(self._file.series, key=lambda s: math.prod(_plane(s.axes, s.shape)))
         if not self._levels:
+            # tiles that a file leaves out are glass on a slide, nothing in fluorescence
+            missing = 255 if series.dtype == np.uint8 and series.keyframe.samplesperpixel > 1 else 0
             self._levels = [
-                zarr.open_array(series.aszarr(level=i), mode="r") for i in range(len(series.levels))
+                zarr.open_array(series.aszarr(level=i, fillvalue=missing), mode="r")
+                for i in range(len(series.levels))
             ]
         return series
 
@@ -145,6 +148,15 @@ class TiffReader:
         )
 
     def _check_layout(self, series: Any, page: Any) -> None:
+        size = self._path.stat().st_size
+        pieces = [stop for level in series.levels for stop in _ends(level.keyframe)]
+        lost = sum(stop > size for stop in pieces)
+        if lost:
+            msg = (
+                f"{self._path}: truncated: {lost} of {len(pieces)} tiles or strips lie beyond its end "
+                f"({size:,} bytes); copy it again from its source"
+            )
+            raise SourceError(msg)
         for array in self._levels:
             piece = math.prod(_plane(series.axes, array.chunks))
             if piece > WHOLE_IMAGE_LIMIT_PX:
@@ -247,6 +259,11 @@ def ome_pixel_size(xml: str, index: int) -> tuple[float, float] | None:
     except (ElementTree.ParseError, IndexError, KeyError, ValueError):
         return None
     return (y, x) if y > 0 and x > 0 else None
+
+
+def _ends(page: Any) -> list[int]:
+    """Where each tile or strip of a page ends in the file, in bytes."""
+    return [a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
 
 
 def _plane(axes: str, shape: tuple[int, ...]) -> tuple[int, int]:

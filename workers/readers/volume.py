@@ -78,7 +78,8 @@ def volume_reader(
     sizes = np.linalg.norm(ras[:3, :3], axis=0)
     spacing, source = volume_spacing(uri, options, tuple(float(s) for s in sizes[::-1]), where)
     ras[:3, :3] *= np.asarray(spacing[::-1]) / sizes
-    ends = [float(f(stored)) * slope + intercept for f in (np.nanmin, np.nanmax)]
+    # fmin and fmax pass NaN over, without a warning where there is nothing else
+    ends = [float(f.reduce(stored, axis=None)) * slope + intercept for f in (np.fmin, np.fmax)]
     if not all(map(math.isfinite, ends)):
         msg = f"{uri}: holds infinite or no finite values; the volume cannot be explained"
         raise SourceError(msg)
