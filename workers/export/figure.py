@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from schemas.heatmap import Coverage
 from workers.export.overlay import Rgb, compose, heat_rgba
-from workers.export.words import COVERAGE_WORDS, INTENDED_USE, length, nice_length, number
+from workers.export.words import COVERAGE_WORDS, INTENDED_USE, length, nice_length, number, power_of_ten, unit
 
 DPI = 130
 MARGIN = 0.35
@@ -61,6 +61,10 @@ class Legend:
     window: tuple[float, float]
     ground: Rgb
     """Typical colour below the heat, for a colour bar that looks as the heat does."""
+    empty: Rgb
+    """Typical colour of the background."""
+    area: str
+    """What the shares of `coverage` are shares of."""
     coverage: tuple[tuple[Coverage, float], ...]
     """What occurs, and its share of the area drawn."""
 
@@ -258,10 +262,10 @@ def _draw_legend(page: _Page, legend: Legend, x: float, y: float) -> None:
         extent=(start, stop, 0, 1),
         aspect="auto",
     )
-    ticks = np.linspace(start, stop, 5)
-    axes.set_xticks(ticks, [number(float(t)) for t in ticks], size=9)
+    ticks, power = np.linspace(start, stop, 5), power_of_ten(legend.window)
+    axes.set_xticks(ticks, [number(float(t) / 10**power) for t in ticks], size=9)
     axes.tick_params(length=3, pad=2)
-    page.text(x + LEGEND_WIDTH / 2 - 0.02, y + 0.5, legend.unit, size=10, ha="center")
+    page.text(x + LEGEND_WIDTH / 2 - 0.02, y + 0.5, unit(legend.unit, power), size=10, ha="center")
     y += 0.8
     for text in legend.lines[1:]:
         for line in textwrap.wrap(text, _LEGEND_CHARS):
@@ -269,9 +273,13 @@ def _draw_legend(page: _Page, legend: Legend, x: float, y: float) -> None:
             y += LINE
         y += 0.04
     y += 0.06
+    page.text(x, y, f"Of {legend.area}:", size=9, color="#222222")
+    y += LINE + 0.04
     for code, share in legend.coverage:
         patch = page.axes(x + 0.02, y, 0.3, 0.17)
-        patch.imshow(swatch(code, legend.ground), aspect="auto")
+        patch.imshow(
+            swatch(code, legend.empty if code == Coverage.BACKGROUND else legend.ground), aspect="auto"
+        )
         amount = "under 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"
         page.text(x + 0.42, y, f"{COVERAGE_WORDS[code]} ({amount})", size=9)
         y += LINE + 0.06
@@ -280,7 +288,7 @@ def _draw_legend(page: _Page, legend: Legend, x: float, y: float) -> None:
 def swatch(code: Coverage, ground: Rgb) -> NDArray[np.uint8]:
     """`(17, 30, 3)` sample of how a coverage code is drawn, made by the very code that draws it."""
     size = (17, 30)
-    picture = np.full((*size, 3), (243, 242, 244) if code == Coverage.BACKGROUND else ground, np.uint8)
+    picture = np.full((*size, 3), ground, np.uint8)
     codes = np.full(size, code, np.uint8)
     values = np.full(size, np.nan, np.float32)
     return compose(picture, values, codes, (0, 1), False, colours(False))

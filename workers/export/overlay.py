@@ -127,7 +127,9 @@ def compose(
     alpha = heat[..., 3:]
     out = base * (1 - alpha) + 255 * heat[..., :3] * alpha
     out = np.where((coverage == Coverage.LEFT_OUT)[..., None], base * LEFT_OUT_SHADE, out)
-    out = np.where((coverage == Coverage.PENDING)[..., None], (base + np.array(PENDING_FILL, np.float32)) / 2, out)
+    out = np.where(
+        (coverage == Coverage.PENDING)[..., None], (base + np.array(PENDING_FILL, np.float32)) / 2, out
+    )
     failed = coverage == Coverage.FAILED
     out = np.where(failed[..., None], (base + 3 * np.array(FAILED_FILL, np.float32)) / 4, out)
     # Weak heat is transparent: only a line can tell "looked and found nothing" from "nobody looked".

@@ -37,6 +37,7 @@ from workers.store.statistics import channel_statistics, strongest
 LONGEST_PX = 1600
 """Longest side of a slide's picture, at most."""
 MOST_CHANNELS = 4
+WIDE = 1.6
 
 
 def write_overview(
@@ -107,7 +108,9 @@ def _slide_blocks(
         under = compose(picture, values, coverage, window, signed, colours(signed))
         panels = (Panel(picture, size, "Slide"), Panel(under, size, info.channels[c].label))
         legend = _legend(heatmap, tiles, c, window, [picture], [coverage])
-        blocks.append(Block((panels,), legend, info.spacing_unit))
+        # A wide slide lies above its heat, so that both can be large.
+        rows = ((panels[0],), (panels[1],)) if size[1] > WIDE * size[0] else (panels,)
+        blocks.append(Block(rows, legend, info.spacing_unit))
     notes = [
         f"{len(bad)} places of the slide could not be read for this picture and are drawn as background."
     ]
@@ -130,26 +133,28 @@ def _volume_blocks(
             min((j + 0.5) * d, n - 0.5) for j, d, n in zip(at_hm, grid.downsample, meta.shape_l0, strict=True)
         ]
         voxel = [int(a) for a in at]
-        pictures = grey([read_plane(reader, view, voxel) for view in VIEWS], meta.background)
-        heated, plain, codes = [], [], []
-        for view, picture in zip(VIEWS, pictures, strict=True):
+        planes = [read_plane(reader, view, voxel) for view in VIEWS]
+        heats, codes = [], []
+        for view, plane in zip(VIEWS, planes, strict=True):
             axes = (view.rows, view.columns)
-            shape = picture.shape[:2]
-            picture_l0 = [meta.shape_l0[a] / n for a, n in zip(axes, shape, strict=True)]
+            picture_l0 = [meta.shape_l0[a] / n for a, n in zip(axes, plane.shape, strict=True)]
             level = level_for(len(grid.levels), [grid.downsample[a] for a in axes], picture_l0)
             heat_l0 = [grid.downsample[a] * 2**level for a in axes]
             cut: list[int | slice] = [slice(None)] * 3
             cut[view.normal] = at_hm[view.normal] >> level
-            values = place(np.asarray(heatmap.image(level)[(c, *cut)]), heat_l0, shape, picture_l0)
-            coverage = place(np.asarray(heatmap.coverage(level)[tuple(cut)]), heat_l0, shape, picture_l0)
+            heat, code = heatmap.image(level)[(c, *cut)], heatmap.coverage(level)[tuple(cut)]
+            heats.append(place(np.asarray(heat), heat_l0, plane.shape, picture_l0))
+            codes.append(place(np.asarray(code), heat_l0, plane.shape, picture_l0))
+        pictures = grey(planes, [code == Coverage.EVALUATED for code in codes])
+        heated, plain = [], []
+        for view, picture, values, coverage in zip(VIEWS, pictures, heats, codes, strict=True):
             under = compose(picture, values, coverage, window, signed, colours(signed))
-            size = _pair(extent[a] for a in axes)
-            cross = _pair(1 - at[a] / meta.shape_l0[a] for a in axes)
+            size = _pair(extent[a] for a in (view.rows, view.columns))
+            cross = _pair(1 - at[a] / meta.shape_l0[a] for a in (view.rows, view.columns))
             edges = view.edges if meta.affine is not None else ("", "", "", "")
             title = f"{view.name}, slice {voxel[view.normal] + 1} of {meta.shape_l0[view.normal]}"
             heated.append(Panel(oriented(under), size, title, edges))
             plain.append(Panel(oriented(picture), size, "without heat", edges, cross))
-            codes.append(coverage)
         where = "No voxel was evaluated: planes through the middle"
         if peak is not None:
             value = float(np.asarray(heatmap.image(0)[(c, *peak)]))
@@ -172,26 +177,31 @@ def _legend(
 ) -> Legend:
     info = heatmap.info
     row = info.channels[channel]
+    counts = np.sum([np.bincount(c.ravel(), minlength=len(Coverage)) for c in coverage], axis=0)
+    counts[Coverage.OUTSIDE] = 0
+    kind, area = ("slide", "this slide") if info.spacing_unit == "um" else ("volume", "these planes")
     lines = [words.target(row)]
     if row.signed:
         lines.append("Orange speaks for the target, blue against it")
-    kind = "slide" if info.spacing_unit == "um" else "volume"
-    lines.append(words.display(row.signed, kind, bool(info.display)))
-    if info.value_range:
-        low, high = info.value_range[channel]
-        lines.append(f"All values: {words.number(low)} to {words.number(high)}")
+    if kind == "slide" and not counts[Coverage.EVALUATED]:
+        lines.append("Nothing was evaluated: there is no heat to see")
+    else:
+        lines.append(words.display(row.signed, kind, bool(info.display)))
+        if info.value_range:
+            low, high = info.value_range[channel]
+            lines.append(f"All values: {words.number(low)} to {words.number(high)}")
     if where:
         lines.append(where)
     if tiles is not None and row.method in tiles.grids:
         lines.append(words.cell(tiles.grids[row.method], info))
     if row.bag_method:
         lines.append(f"Weighted by bag method {row.bag_method}")
-    below = np.concatenate([p[c == Coverage.EVALUATED] for p, c in zip(pictures, coverage, strict=True)])
-    ground = _triple(np.median(below, axis=0) if len(below) else (240, 240, 240))
-    counts = np.sum([np.bincount(c.ravel(), minlength=len(Coverage)) for c in coverage], axis=0)
-    counts[Coverage.OUTSIDE] = 0
+    ground = _typical(pictures, coverage, Coverage.EVALUATED)
+    empty = _typical(pictures, coverage, Coverage.BACKGROUND)
     occurring = tuple((k, float(counts[k] / counts.sum())) for k in words.COVERAGE_WORDS if counts[k])
-    return Legend(row.method, tuple(lines), words.UNITS[row.unit], row.signed, window, ground, occurring)
+    return Legend(
+        row.method, tuple(lines), words.UNITS[row.unit], row.signed, window, ground, empty, area, occurring
+    )
 
 
 def _window(heatmap: HeatmapStore, channel: int, level: int) -> tuple[float, float]:
@@ -221,6 +231,10 @@ def _pair(values: Iterable[float]) -> tuple[float, float]:
     return first, second
 
 
-def _triple(values: Iterable[float]) -> Rgb:
-    red, green, blue = (int(v) for v in values)
+def _typical(
+    pictures: Sequence[NDArray[np.uint8]], coverage: Sequence[NDArray[np.uint8]], code: Coverage
+) -> Rgb:
+    """Median colour of the pixels with one coverage code."""
+    pixels = np.concatenate([p[c == code] for p, c in zip(pictures, coverage, strict=True)])
+    red, green, blue = (int(v) for v in (np.median(pixels, axis=0) if len(pixels) else (240, 240, 240)))
     return red, green, blue

@@ -79,14 +79,23 @@ def position_words(meta: ImageMeta, voxel: Sequence[float]) -> str:
     xyz1 = np.array([*(v - 0.5 for v in reversed(voxel)), 1.0])
     world = np.asarray(meta.affine)[:3] @ xyz1
     letters = ("RL", "AP", "SI")
-    return ", ".join(f"{pair[int(v < 0)]} {abs(v):.1f}" for pair, v in zip(letters, world, strict=True)) + " mm"
+    return (
+        ", ".join(
+            f"{pair[int(v < 0)]}\N{NO-BREAK SPACE}{abs(v):.1f}"
+            for pair, v in zip(letters, world, strict=True)
+        )
+        + "\N{NO-BREAK SPACE}mm"
+    )
 
 
-def grey(values: Sequence[NDArray[np.float32]], background: float) -> list[NDArray[np.uint8]]:
-    """Planes `(H, W)` as `(H, W, 3)` grey, all in one window: 0.5 to 99.5 % of what is not background."""
-    every = np.concatenate([v.ravel() for v in values])
-    body = every[np.isfinite(every) & (every > background)]
-    low, high = np.percentile(body if body.size else np.zeros(1), [0.5, 99.5])
+def grey(
+    planes: Sequence[NDArray[np.float32]], evaluated: Sequence[NDArray[np.bool_]]
+) -> list[NDArray[np.uint8]]:
+    """Planes `(H, W)` as `(H, W, 3)` grey, all in one window: 1 to 99.5 % of what was evaluated (else of everything)."""
+    body = np.concatenate([p[e & np.isfinite(p)] for p, e in zip(planes, evaluated, strict=True)])
+    if not body.size:
+        body = np.concatenate([p[np.isfinite(p)] for p in planes])
+    low, high = np.percentile(body, [1, 99.5]) if body.size else (0.0, 1.0)
     span = high - low if high > low else 1.0
-    shown = [np.rint(255 * np.clip((np.nan_to_num(v, nan=low) - low) / span, 0, 1)) for v in values]
+    shown = [np.rint(255 * np.clip((np.nan_to_num(p, nan=low) - low) / span, 0, 1)) for p in planes]
     return [np.repeat(s.astype(np.uint8)[..., None], 3, axis=2) for s in shown]

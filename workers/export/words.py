@@ -21,9 +21,29 @@ COVERAGE_WORDS: Mapping[Coverage, str] = {
 }
 
 
+_RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+
+
 def number(value: float) -> str:
-    """Three significant digits, a true minus sign."""
-    return f"{value:.3g}".replace("-", "−")
+    r"""Three significant digits, a true minus sign, a written power of ten.
+
+    >>> number(-2.86e-05)
+    '−2.86\xa0×\xa010⁻⁵'
+    """
+    digits, _, power = f"{value:.3g}".partition("e")
+    times = f"\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10{str(int(power)).translate(_RAISED)}" if power else ""
+    return digits.replace("-", "−") + times
+
+
+def power_of_ten(window: tuple[float, float]) -> int:
+    """What to divide a scale's numbers by, as a power of ten, so that they stay short; mostly 0."""
+    power = math.floor(math.log10(max(map(abs, window))))
+    return power if not -3 < power < 4 else 0
+
+
+def unit(name: str, power: int) -> str:
+    """A unit as it stands under a scale whose numbers were divided by a power of ten."""
+    return f"{name}, × 10{str(power).translate(_RAISED)}" if power else name
 
 
 def length(size: float, unit: str) -> str:
@@ -74,5 +94,9 @@ def cell(grid: MapGrid, info: HeatmapInfo) -> str:
 def display(signed: bool, kind: str, published: bool) -> str:
     """Where the display window comes from, and over what."""
     values = "|value|" if signed else "values"
-    scope = f"all evaluated pixels of this {kind}" if published else "the resolution drawn here"
+    scope = (
+        f"all evaluated {'pixels' if kind == 'slide' else 'voxels'} of this {kind}"
+        if published
+        else "the resolution drawn here"
+    )
     return f"Display window: 99.5 % of {values} over {scope}"
