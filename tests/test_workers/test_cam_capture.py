@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import ModelError
-from tests.test_workers.tiny_networks import classes, conv_net, monai_networks, tiles
+from tests.test_workers.tiny_networks import ConvNet, classes, conv_net, monai_networks, tiles
 from workers.cam.capture import HookedNet, PairNet, SplitNet
 from workers.cam.methods import METHODS, explain
 
@@ -261,7 +261,7 @@ def test_scores_must_be_one_row_a_tile() -> None:
 class OwnNoGrad(nn.Module):
     """A network that runs its backbone under `no_grad`, as frozen backbones often are."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: ConvNet) -> None:
         super().__init__()
         self.net = net
 
@@ -280,7 +280,7 @@ def test_a_backbone_under_its_own_no_grad_is_explained() -> None:
 
 
 class Trunk(nn.Module):
-    def __init__(self, net: nn.Module, carry: bool) -> None:
+    def __init__(self, net: ConvNet, carry: bool) -> None:
         super().__init__()
         self.net, self.carry = net, carry
 
@@ -290,7 +290,7 @@ class Trunk(nn.Module):
 
 
 class Tail(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: ConvNet) -> None:
         super().__init__()
         self.net = net
 
@@ -326,5 +326,5 @@ def test_two_hundred_calls_leave_nothing_behind(method: str) -> None:
     before, found = tensors(), state(net)
     for _ in range(200):
         explain(HookedNet(net, "relu"), x, classes(3), [method])
-    assert tensors() == before
+    assert tensors() <= before  # fewer where other tests' garbage was collected meanwhile
     assert state(net) == found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,9 @@ def back_propagated(net: nn.Module, x: Tensor, layer: str, cell: tuple[int, ...]
     handle = net.get_submodule(layer).register_forward_hook(keep)
     net(x.requires_grad_())
     handle.remove()
-    (g,) = torch.autograd.grad(kept[0][(0, slice(None), *cell)].sum(), x)
+    (g,) = torch.autograd.grad(
+        kept[0][0].flatten(1)[:, np.ravel_multi_index(cell, kept[0].shape[2:])].sum(), x
+    )
     weight = g[0].sum(0)
     places = torch.meshgrid(*(torch.arange(n) + 0.5 for n in weight.shape), indexing="ij")
     return [float((weight * p).sum() / weight.sum()) for p in places]
@@ -145,7 +148,8 @@ def test_cells_lie_where_back_propagated_ones_are_centred() -> None:
 
 
 def test_known_networks() -> None:
-    from monai.networks.nets import SEResNet50, resnet18
+    from monai.networks.nets.resnet import resnet18
+    from monai.networks.nets.senet import SEResNet50
 
     resnet = resnet18(spatial_dims=2, n_input_channels=3, num_classes=2)
     # MONAI's ResNet-18 has stride 16 at its end; 8 px would be the middle of an even grid's first cell, 7.5 px off
@@ -231,7 +235,7 @@ def test_a_missing_layer_is_an_error_not_a_grid() -> None:
 
 
 def test_a_bright_pixel_is_found_at_its_place() -> None:
-    from monai.networks.nets import ResNet
+    from monai.networks.nets.resnet import ResNet
 
     torch.manual_seed(0)
     net = ResNet(

@@ -115,7 +115,8 @@ def slow_eigencam(a: Array, _: Array) -> Array:
     m = a.reshape(len(a), -1).T
     u, s, _vt = np.linalg.svd(m, full_matrices=False)
     projected = u[:, 0] * s[0]
-    return (projected if projected.sum() >= 0 else -projected).reshape(a.shape[1:])
+    signed: Array = projected if projected.sum() >= 0 else -projected
+    return signed.reshape(a.shape[1:])
 
 
 SLOW: dict[str, Callable[[Array, Array], Array]] = {
@@ -224,13 +225,13 @@ def test_rows_are_independent() -> None:
 def test_predicted_equals_the_explicit_class() -> None:
     net, x = conv_net(2), tiles(2, batch=12)
     with torch.no_grad():
-        net.fc.bias -= net(x).mean(0)  # so that no class wins everywhere
+        net.fc.bias.sub_(net(x).mean(0))  # so that no class wins everywhere
     output = OutputSpec(classes=("a", "b", "c"))
     done = explain(
         HookedNet(net, "relu"), x, resolve(["predicted", "all"], output, 3), ["gradcam", "layercam"]
     )
     predicted = done.target_index[:, 0].long()
-    assert len(predicted.unique()) > 1, "a batch of one class would not show a mix-up"
+    assert len(set(predicted.tolist())) > 1, "a batch of one class would not show a mix-up"
     rows = torch.arange(len(x))
     for maps in done.maps.values():
         torch.testing.assert_close(maps[:, 0], maps[rows, 1 + predicted], rtol=1e-6, atol=0)
@@ -264,7 +265,7 @@ class Infinite(torch.autograd.Function):
 def test_an_infinite_gradient_is_flagged() -> None:
     net = conv_net(2)
     inner = net.tail.forward
-    net.tail.forward = lambda x: Infinite.apply(inner(x))  # type: ignore[method-assign]
+    net.tail.forward = lambda x: Infinite.apply(inner(x))  # type: ignore[method-assign,no-untyped-call]
     done = explain(HookedNet(net, "relu"), tiles(2), classes(3), ["gradcam", "eigencam"])
     assert done.maps["gradcam"].isnan().all()
     assert (done.flags["gradcam"] == MapFlag.NOT_FINITE).all()

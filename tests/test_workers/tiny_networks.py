@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +70,11 @@ def classes(n: int) -> tuple[ResolvedTarget, ...]:
 
 def monai_networks() -> dict[str, tuple[nn.Module, str, tuple[int, ...]]]:
     """Name -> untrained network, its last activation layer, its tile `(C_in, *S)`."""
-    from monai.networks.nets import DenseNet, ResNet
+    from monai.networks.nets.densenet import DenseNet
+    from monai.networks.nets.resnet import ResNet
 
     torch.manual_seed(0)
-    dense = {"out_channels": 3, "init_features": 8, "growth_rate": 4, "block_config": (2, 2)}
+    dense: dict[str, Any] = {"out_channels": 3, "init_features": 8, "growth_rate": 4, "block_config": (2, 2)}
     return {
         "resnet-2d": (
             lively(

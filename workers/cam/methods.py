@@ -100,6 +100,7 @@ def explain(net: SplitNet, x: Tensor, targets: Sequence[ResolvedTarget], methods
     split = net.forward(x)
     with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
         y, index = select(split.scores, targets)
+        each_y = y.unbind(1)
     column, sign = columns(index, targets)
     scores = split.scores.detach()
     grid = split.activations.shape[2:]
@@ -109,10 +110,10 @@ def explain(net: SplitNet, x: Tensor, targets: Sequence[ResolvedTarget], methods
     sounds = []
 
     differentiate = any("gradients" in row.info.needs for row in rows)
-    for t in range(len(targets)):
+    for t, y_t in enumerate(each_y):
         sounds.append(sound)
         if differentiate:
-            g = net.grad(y[:, t], split.activations, retain=t + 1 < len(targets)).flatten(2)
+            g = net.grad(y_t, split.activations, retain=t + 1 < len(targets)).flatten(2)
             sounds[t] = sound & g.isfinite().flatten(1).all(1)
         for row in rows:
             done = out[row.info.name]

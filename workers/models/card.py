@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from schemas.errors import ModelError
 from schemas.model import ModelCard
@@ -47,8 +48,11 @@ def load_card(path: str | Path) -> LoadedCard:
     try:
         card = ModelCard.model_validate(raw)
     except ValidationError as error:
-        lines = [f"  {_explained(e)}" for e in error.errors()]
-        msg = "\n".join([f"{path}: the model card is not valid:", *lines])
+        lines: dict[str, str] = {}
+        for e in error.errors():
+            # a value that fits no arm of a union is reported once an arm; the first names the form expected
+            lines.setdefault(_place(raw, e["loc"]), _explained(e))
+        msg = "\n".join([f"{path}: the model card is not valid:", *(f"  {k}: {v}" for k, v in lines.items())])
         raise ModelError(msg) from error
     return LoadedCard(card, path, path.parent)
 
@@ -76,19 +80,29 @@ def write_card(path: str | Path, card: ModelCard) -> None:
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _explained(error: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    text = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "missing":
-        return f"{key}: missing; expected a value"
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key (found {_short(error['input'])}); remove it or correct its name"
-    # a rule over a whole section names its keys itself
-    return (
-        f"{key}: {text}"
-        if error["type"] == "value_error"
-        else f"{key}: found {_short(error['input'])}; {text}"
-    )
+def _place(raw: Any, loc: Sequence[int | str]) -> str:
+    """Dotted key of an error: as far as the file has it, and the missing one."""
+    parts = []
+    for part in loc:
+        parts.append(str(part))
+        known = part in raw if isinstance(raw, dict) else isinstance(raw, list) and isinstance(part, int)
+        if not known:
+            # not a key of the file: missing from a table, or pydantic's name for an arm of a union
+            return ".".join(parts if isinstance(raw, dict) else parts[:-1])
+        raw = raw[part]
+    return ".".join(parts)
+
+
+def _explained(error: ErrorDetails) -> str:
+    text = error["msg"].removeprefix("Value error, ")
+    match error["type"]:
+        case "missing":
+            return "missing; expected a value"
+        case "extra_forbidden":
+            return f"unknown key (found {_short(error['input'])}); remove it or correct its name"
+        case "value_error":  # a rule over a whole section says what it found
+            return text
+    return f"found {_short(error['input'])}; {text}"
 
 
 def _short(value: Any) -> str:
