@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.networks.nets.densenet import DenseNet
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from schemas.model import CamLayer, InputSpec, ModelCard, NetworkSpec, OutputSpec
 from workers.models.card import write_card
+from workers.models.cnn import prepare
+from workers.models.networks import monai_network
 from workers.synthetic.slides import Progress, training_tiles
 from workers.synthetic.volumes import training_crops
 from workers.training.fit import fit, turn_and_jitter_tiles, turn_and_jitter_volumes
 
 SLIDE_TILE_PX = 224
 VOLUME_TILE_PX = 32
-_STEPS, _BATCH = 150, 16
+_BATCH = 16
+_SLIDE_STEPS, _VOLUME_STEPS = 150, 220
+_VOLUME_CROPS = 1200
+_TRAINING_SLIDE_PX = 4096
 _LAYER = "class_layers.relu"
 """The last activation: what follows is a mean over cells and one linear layer, nothing that works in place."""
 
@@ -45,17 +51,17 @@ def train_slide_model(folder: Path, seed: int, progress: Progress | None = None)
         "bn_size": 2,
     }
     pixels = InputSpec(kind="slide", channels=3, tile=(SLIDE_TILE_PX, SLIDE_TILE_PX), mpp=0.5)
-    x, y, mask = training_tiles(_STEPS * _BATCH, SLIDE_TILE_PX, seed)
+    x, y, mask = training_tiles(_SLIDE_STEPS * _BATCH, SLIDE_TILE_PX, seed, slide_px=_TRAINING_SLIDE_PX)
     net = _new_net(args, seed)
     fit(
         net,
         x,
         y,
         mask=mask,
-        prepare=_scaling(pixels),
+        prepare=_preparing(pixels),
         augment=turn_and_jitter_tiles,
         seed=seed,
-        steps=_STEPS,
+        steps=_SLIDE_STEPS,
         batch=_BATCH,
         progress=progress,
     )
@@ -72,24 +78,32 @@ def train_volume_model(folder: Path, seed: int, progress: Progress | None = None
         "spatial_dims": 3,
         "in_channels": 1,
         "out_channels": 1,
-        "init_features": 16,
+        "init_features": 8,
         "growth_rate": 16,
         "block_config": [2, 2],
         "bn_size": 2,
     }
     tile = (VOLUME_TILE_PX,) * 3
-    # background 0 +- 10 ppb comes to -0.2 +- 0.3
-    pixels = InputSpec(kind="volume", channels=1, tile=tile, spacing_mm=(1.0, 1.0, 1.0), scale=(6.0, 36.0))
-    x, y = training_crops(900, tile, seed=seed)
+    pixels = InputSpec(
+        kind="volume",
+        channels=1,
+        tile=tile,
+        spacing_mm=(1.0, 1.0, 1.0),
+        # comes to (ppb - 6) / 30; veins, two to four times as bright, are cut off
+        window=(-24.0, 66.0),
+        mean=(1 / 3,),
+        std=(1 / 3,),
+    )
+    x, y = training_crops(_VOLUME_CROPS, tile, seed=seed)
     net = _new_net(args, seed)
     fit(
         net,
         x,
         y,
-        prepare=_scaling(pixels),
+        prepare=_preparing(pixels),
         augment=turn_and_jitter_volumes,
         seed=seed,
-        steps=_STEPS,
+        steps=_VOLUME_STEPS,
         batch=_BATCH,
         progress=progress,
     )
@@ -100,13 +114,11 @@ def train_volume_model(folder: Path, seed: int, progress: Progress | None = None
 def _new_net(args: dict[str, Any], seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net: torch.nn.Module = DenseNet(**args)
-    return net
+        return monai_network("DenseNet", args)
 
 
-def _scaling(pixels: InputSpec) -> Any:
-    low, high = pixels.scale
-    return lambda raw: (raw - low) / (high - low)
+def _preparing(pixels: InputSpec) -> Callable[[NDArray[Any]], torch.Tensor]:
+    return lambda raw: prepare(raw, pixels, torch.device("cpu"))
 
 
 def _save(

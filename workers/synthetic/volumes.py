@@ -112,7 +112,7 @@ def rim_phantom(
             values[box] += stamp.rim_plus if has_rim else stamp.rim_minus
             truth[box][inside] = stamp.truth[inside] if has_rim else RIM_MINUS
             taken[box] = True
-    values += _veins(rng, shape, spacing_mm, count=6, keep_clear=truth > 0)
+    values += _veins(rng, shape, spacing_mm, count=4, keep_clear=truth > 0)
     values += rng.normal(0.0, NOISE_SD, shape).astype(np.float32)
     return Phantom(values, truth, spacing_mm, lesions)
 
@@ -250,7 +250,7 @@ def _scene(
     rng: np.random.Generator, tile: tuple[int, int, int], spacing_mm: Mm, lesion: NDArray[np.bool_]
 ) -> F32:
     values = _background(rng, tile, spacing_mm)
-    values += _veins(rng, tile, spacing_mm, count=int(rng.integers(0, 3)), keep_clear=lesion)
+    values += _veins(rng, tile, spacing_mm, count=int(rng.integers(0, 2)), keep_clear=lesion)
     values += rng.normal(0.0, NOISE_SD, tile).astype(np.float32)
     return values
 

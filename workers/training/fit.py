@@ -20,7 +20,7 @@ def fit(
     y: NDArray[np.float32],
     *,
     mask: NDArray[np.bool_] | None = None,
-    prepare: Callable[[torch.Tensor], torch.Tensor],
+    prepare: Callable[[NDArray[Any]], torch.Tensor],
     augment: Augment,
     seed: int,
     steps: int = 150,
@@ -41,7 +41,7 @@ def fit(
     mask
         `(N, K)` False where an answer does not count; all count if None.
     prepare
-        From a float batch of raw pixels to the network's input.
+        From a batch of raw pixels to the network's input.
     augment
         See `turn_and_jitter_tiles` and `turn_and_jitter_volumes`.
     seed
@@ -66,7 +66,7 @@ def fit(
         while len(waiting) < batch:
             waiting += torch.randperm(len(x), generator=generator).tolist()
         chosen, waiting = waiting[:batch], waiting[batch:]
-        images = prepare(torch.from_numpy(x[chosen]).float())
+        images = prepare(x[chosen])
         # contiguous: convolutions of permuted batches have crashed in backward
         logits = net(augment(images, generator).contiguous())
         weight = torch.from_numpy(counts[chosen]).float()
@@ -91,7 +91,7 @@ def turn_and_jitter_tiles(images: torch.Tensor, generator: torch.Generator) -> t
     Mirrors and quarter turns are left out: they would make a direction of +45 degrees one of -45.
     """
     turned = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    return _jitter(torch.where(turned, images.flip(2, 3), images), generator)
+    return _jitter(torch.where(turned, images.flip(2, 3), images), generator, 0.1)
 
 
 def turn_and_jitter_volumes(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -101,10 +101,10 @@ def turn_and_jitter_volumes(images: torch.Tensor, generator: torch.Generator) ->
     for axis in (2, 3, 4):
         flipped = torch.rand(len(images), 1, 1, 1, 1, generator=generator) < 0.5
         images = torch.where(flipped, images.flip(axis), images)
-    return _jitter(images, generator)
+    return _jitter(images, generator, 0.05)
 
 
-def _jitter(images: torch.Tensor, generator: torch.Generator, amount: float = 0.1) -> torch.Tensor:
+def _jitter(images: torch.Tensor, generator: torch.Generator, amount: float) -> torch.Tensor:
     shape = (*images.shape[:2], *(1 for _ in images.shape[2:]))
     gain = 1.0 + amount * torch.randn(shape, generator=generator)
     offset = amount * torch.randn(shape, generator=generator)
