@@ -63,19 +63,18 @@ def test_a_constant_map_stays_constant_across_seams(tmp_path: Path, importance: 
 # centre lies in the image then lies in it whole at these sizes.
 @pytest.mark.parametrize(
     ("mpp", "level", "cell", "downsample"),
-    [(1.0005, 1, 2, 32), (2.008, 2, 2, 32), (4.043, 3, 2, 128), (6.0, 2, 2, 128)],
+    [(1.0005, 1, 2, 32), (2.008, 2, 2, 32), (4.043, 3, 2, 128), (6.0, 3, 2, 128)],
 )
 def test_every_heatmap_value_is_its_own_place(
     tmp_path: Path, mpp: float, level: int, cell: int, downsample: int
 ) -> None:
     card = write_factory_card(
         tmp_path / "m", "pooled_channels", {"cell": cell}, "pool", ("x", "y"),
-        kind="slide", channels=2, tile=(256, 256), mpp=mpp, scale=(0.0, 1.0),
+        kind="slide", channels=2, tile=(512, 512), mpp=mpp, scale=(0.0, 1.0),
     )  # fmt: skip
-    region = corners_and_centre(tmp_path / "five.geojson", 20011, 15013, 1200) if level < 2 else ""
     report = explain(
         GRID_SLIDE, card, tmp_path / "out", methods=("hirescam",), targets=("x", "y"), overlap=0.5, tissue="none",
-        region=region, heatmap=HeatmapSpec(downsample=downsample),
+        heatmap=HeatmapSpec(downsample=downsample),
     )  # fmt: skip
     assert report.images[0].provenance["lattice"]["level"] == level
     heatmap = heatmap_of(report)
@@ -87,7 +86,7 @@ def test_every_heatmap_value_is_its_own_place(
     height, width = x.shape
     for row in (0, height // 2, height - 2):
         for col in (0, width // 2, width - 2):
-            assert seen[row, col] or (region and (row == height // 2) != (col == width // 2))
+            assert seen[row, col]
 
 
 def test_every_value_at_level_0_is_its_own_place(tmp_path: Path) -> None:
@@ -97,17 +96,17 @@ def test_every_value_at_level_0_is_its_own_place(tmp_path: Path) -> None:
     )  # fmt: skip
     report = explain(
         GRID_SLIDE, card, tmp_path / "out", methods=("hirescam",), targets=("x", "y"), overlap=0.25, tissue="none",
-        region=corners_and_centre(tmp_path / "five.geojson", 20011, 15013, 300), heatmap=HeatmapSpec(downsample=2),
+        region=corners_and_centre(tmp_path / "five.geojson", 20011, 15013, 200), heatmap=HeatmapSpec(downsample=4),
     )  # fmt: skip
     heatmap = heatmap_of(report)
     rows, cols = centres_l0(heatmap)
     for channel, place in enumerate((cols, rows)):
         values = heatmap.image(0)[channel]
         seen = np.isfinite(values)
-        assert seen.sum() > 4 * 150 * 150
+        assert seen.sum() > 5 * 50 * 50
         assert np.abs(np.where(seen, values - place, 0)).max() <= 1.0
-    assert seen[0, 0]
-    assert seen[-2, -2]
+        assert seen[0, 0]
+        assert seen[-2, -2]
 
 
 def test_a_volume_comes_back_at_its_own_place(tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_finite_is_coverage_1_at_every_level_and_channel(tmp_path: Path) -> None
     )
     heatmap = heatmap_of(report)
     codes = {int(c) for c in np.unique(heatmap.coverage(0)[:])}
-    assert codes == {Coverage.EVALUATED, Coverage.BACKGROUND}
+    assert codes == {Coverage.EVALUATED, Coverage.BACKGROUND, Coverage.OUTSIDE}
     for level in range(len(heatmap.info.grid.levels)):
         evaluated = heatmap.coverage(level)[:] == Coverage.EVALUATED
         arrays = [heatmap.image(level)[:]] + ([heatmap.peak(level)[:]] if level else [])
