@@ -134,14 +134,14 @@ def blend_block(
     count, length = high - low, boxes[:, 1] - boxes[:, 0]
     factors = [f.tobytes() for f in importance]
     where, offsets, counts, lengths = low - block[0], offset.tolist(), count.tolist(), length.tolist()
-    targets = where.tolist()
+    targets, sizes = where.tolist(), count.prod(axis=1).tolist()
     rows = np.flatnonzero((count > 0).all(axis=1)).tolist()
     begin = 0
     while begin < len(rows):
         # a run of tiles, in order: resampled by geometry, then added one after another
         end, budget = begin, BATCH_PX
         while end < len(rows) and (budget > 0 or end == begin):
-            budget -= int(np.prod(counts[rows[end]]))
+            budget -= sizes[rows[end]]
             end += 1
         stamps: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         groups: dict[tuple[tuple[float, int, int], ...], list[int]] = {}

@@ -43,7 +43,7 @@ def halve_absmax(values: NDArray[np.float32]) -> NDArray[np.float32]:
     best = np.full([-(-n // 2) for n in values.shape], np.nan, np.float32)
     for child in _children(values, np.float32(np.nan)):
         better = np.isfinite(child) & ~(np.abs(child) <= np.abs(best))
-        best[better] = child[better]
+        np.copyto(best, child, where=better)
     return best
 
 

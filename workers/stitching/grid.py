@@ -24,11 +24,13 @@ def heatmap_grid(shape_l0: tuple[int, ...], downsample: int | tuple[int, ...]) -
     shape_l0
         Shape of the image in level-0 px, array order, 2 or 3 axes.
     downsample
-        Level-0 px a heatmap px, one for all axes or one an axis.
+        Level-0 px a heatmap px, one for all axes or one an axis; an axis shorter than that becomes one px.
     """
     ndim = len(shape_l0)
     if isinstance(downsample, int):
         downsample = (downsample,) * ndim
+    # else the only px's centre would lie outside the image, and nothing would be evaluated
+    downsample = tuple(min(d, n) for d, n in zip(downsample, shape_l0, strict=True))
     chunk, shard = CHUNK[ndim], SHARD[ndim]
     levels = [tuple(-(-n // d) for n, d in zip(shape_l0, downsample, strict=True))]
     while max(levels[-1]) > chunk:
@@ -123,5 +125,7 @@ def block_dependencies(
     """
     row, block = blocks_touched(grid, boxes[:planned])
     pairs = np.unique(np.stack([block, row // unit], axis=1), axis=0)
-    cuts = np.searchsorted(pairs[:, 0], np.arange(len(all_blocks(grid, 0)) + 1))
-    return {b: set(pairs[cuts[i] : cuts[i + 1], 1].tolist()) for i, b in enumerate(all_blocks(grid, 0))}
+    blocks = all_blocks(grid, 0)
+    cuts = np.searchsorted(pairs[:, 0], np.arange(len(blocks) + 1)).tolist()
+    units = pairs[:, 1].tolist()
+    return {b: set(units[cuts[i] : cuts[i + 1]]) for i, b in enumerate(blocks)}

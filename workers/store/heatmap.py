@@ -43,6 +43,7 @@ class HeatmapStore:
         self.info = info
         self.grid = info.grid
         self._group = group
+        self._arrays: dict[str, Any] = {}
 
     @classmethod
     def create(cls, path: str | Path, info: HeatmapInfo, name: str = "", *, fresh: bool = False) -> Self:
@@ -113,7 +114,9 @@ class HeatmapStore:
         return _has_peak(self.info)
 
     def _array(self, name: str) -> Any:
-        return self._group[name]
+        if name not in self._arrays:  # opening reads metadata, which never changes
+            self._arrays[name] = self._group[name]
+        return self._arrays[name]
 
     def image(self, level: int) -> Any:
         """The `(c, *S)` float32 Zarr array of a level."""
@@ -132,7 +135,9 @@ class HeatmapStore:
         import dask.array as da
 
         array = self.image(level)
-        lazy: da.Array = da.from_array(array, chunks=array.shards)
+        lazy: da.Array = da.from_array(
+            array, chunks=array.shards, meta=np.empty((0,) * array.ndim, array.dtype)
+        )
         return lazy if channel is None else cast("da.Array", lazy[channel])
 
     def write_block(

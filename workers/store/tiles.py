@@ -40,6 +40,7 @@ class TilesStore:
         self.path = path
         self.info = info
         self._group = group
+        self._arrays: dict[str, Any] = {}
 
     @classmethod
     def create(
@@ -131,7 +132,9 @@ class TilesStore:
             self._group.attrs["gigacam"] = self.info.model_dump(mode="json")
 
     def _array(self, name: str) -> Any:
-        return self._group[name]
+        if name not in self._arrays:  # opening reads metadata, which never changes
+            self._arrays[name] = self._group[name]
+        return self._arrays[name]
 
     @cached_property
     def _boxes(self) -> NDArray[np.int64]:
