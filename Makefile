@@ -6,7 +6,8 @@
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 BIN := .venv/bin
 STAMP := .venv/installed
-PIP_FLAGS ?= --quiet
+# Compiling all of 170 packages takes a minute; what is imported is compiled then.
+PIP_FLAGS ?= --quiet --no-compile
 PYTEST_FLAGS ?=
 
 # Linux's default torch wheel brings several GB of CUDA: a machine without an NVIDIA driver asks for the CPU build first.
