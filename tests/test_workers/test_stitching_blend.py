@@ -179,10 +179,14 @@ def test_any_partition_into_blocks_gives_the_same_bits(name: str, data: st.DataO
     assert found.tobytes() == expected.tobytes()
 
 
-def test_tiles_resampled_together_or_alone_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    size, downsample, boxes, maps, grid, importance = setup(CASES["overlapping"], "hann")
+@pytest.mark.parametrize("limit", ["BATCH_PX", "SLAB_PX"])
+@pytest.mark.parametrize("name", ["overlapping", "coarse volume"])
+def test_tiles_resampled_together_or_alone_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, name: str, limit: str
+) -> None:
+    size, downsample, boxes, maps, grid, importance = setup(CASES[name], "hann")
     expected = blend_block(whole(size), downsample, boxes, maps, grid, importance)
-    monkeypatch.setattr("workers.stitching.blend.BATCH_PX", 1)
+    monkeypatch.setattr(f"workers.stitching.blend.{limit}", 1)
     found = blend_block(whole(size), downsample, boxes, maps, grid, importance)
     assert found.tobytes() == expected.tobytes()
 

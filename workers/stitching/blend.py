@@ -14,6 +14,7 @@ block it is computed in (a matrix product would not promise that).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +27,8 @@ from schemas.run import MapGrid
 HELD = 1e-3
 BATCH_PX = 1 << 20
 """Tiles of one geometry are resampled together, up to this many px."""
+SLAB_PX = 1 << 22
+"""A block is blended in slabs of its first axis of about this many px, which bounds the memory of a volume's."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,25 @@ def blend_block(
         `(*block)` float32; NaN where no tile speaks.
     """
     shape = tuple((block[1] - block[0]).tolist())
+    out = np.empty(shape, np.float32)
+    thick = max(1, SLAB_PX // max(1, math.prod(shape[1:])))
+    for first in range(0, shape[0], thick):
+        slab = block.copy()
+        slab[0, 0] += first
+        slab[1, 0] = min(slab[0, 0] + thick, block[1, 0])
+        out[first : first + thick] = _blend_slab(slab, downsample, boxes, maps, grid, importance)
+    return out
+
+
+def _blend_slab(
+    block: NDArray[np.int64],
+    downsample: tuple[int, ...],
+    boxes: NDArray[np.int64],
+    maps: NDArray[np.float32],
+    grid: MapGrid,
+    importance: tuple[NDArray[np.float64], ...],
+) -> NDArray[np.float32]:
+    shape = tuple((block[1] - block[0]).tolist())
     total, weight = np.zeros(shape), np.zeros(shape)
     px = px_range(boxes, downsample)
     low, high = np.maximum(px[:, 0], block[0]), np.minimum(px[:, 1], block[1])
@@ -161,8 +183,10 @@ def blend_block(
             total[region] += values
             weight[region] += share
         begin = end
-    total[weight == 0.0] = np.nan
-    return (total / np.where(weight == 0.0, 1.0, weight)).astype(np.float32)
+    silent = weight == 0.0
+    total[silent], weight[silent] = np.nan, 1.0
+    total /= weight
+    return total.astype(np.float32)
 
 
 def _resample(
@@ -173,13 +197,11 @@ def _resample(
     share = np.ones(())
     for a, axis in enumerate(axes):
         column = (-1,) + (1,) * (len(axes) - a - 1)
-        taps = [
-            values.take(axis.cells[:, t], axis=a + 1) * axis.weights[:, t].reshape(column)
-            for t in range(axis.cells.shape[1])
-        ]
-        values = taps[0]
-        for tap in taps[1:]:
-            values += tap
+        cells, values = values, np.zeros(())
+        for t in range(axis.cells.shape[1]):
+            tap = cells.take(axis.cells[:, t], axis=a + 1)
+            tap *= axis.weights[:, t].reshape(column)
+            values = np.add(values, tap, out=values) if t else tap
         share = share[..., None] * axis.importance
     values *= share
     return values, share
