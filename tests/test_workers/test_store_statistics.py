@@ -17,7 +17,7 @@ from workers.store.statistics import BINS, channel_statistics, strongest
 VALUES = st.one_of(st.floats(-1e6, 1e6, width=32), st.sampled_from([np.nan, 0.0]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(arrays(np.float32, array_shapes(min_dims=2, max_dims=3, max_side=9), elements=VALUES), st.booleans())
 def test_range_is_exact_and_the_window_is_numpys_quantile_to_a_bin(values: np.ndarray, signed: bool) -> None:
     stats = channel_statistics(da.from_array(values[None], chunks=(1,) + (4,) * values.ndim), [signed])

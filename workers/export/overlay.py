@@ -50,13 +50,14 @@ def place(
 
 
 def level_for(levels: int, downsample: Sequence[int], picture_l0: Sequence[float]) -> int:
-    """The coarsest pyramid level whose pixel is not larger than the picture's on any axis; 0 where none is."""
-    level = 0
-    while level + 1 < levels and all(
-        d * 2 ** (level + 1) <= p for d, p in zip(downsample, picture_l0, strict=True)
-    ):
-        level += 1
-    return level
+    """The finest pyramid level whose pixel is not smaller than the picture's on any axis, else the coarsest.
+
+    No heatmap pixel falls between two picture pixels then: each is drawn, or has gone into a coarser one.
+    """
+    for level in range(levels):
+        if all(d * 2**level >= p for d, p in zip(downsample, picture_l0, strict=True)):
+            return level
+    return levels - 1
 
 
 def heat_rgba(
