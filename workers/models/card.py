@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from schemas.errors import ModelError
 from schemas.model import ModelCard
@@ -93,8 +92,8 @@ def _place(raw: Any, loc: Sequence[int | str]) -> str:
     return ".".join(parts)
 
 
-def _explained(error: ErrorDetails) -> str:
-    text = error["msg"].removeprefix("Value error, ")
+def _explained(error: Mapping[str, Any]) -> str:
+    text = str(error["msg"]).removeprefix("Value error, ")
     match error["type"]:
         case "missing":
             return "missing; expected a value"
