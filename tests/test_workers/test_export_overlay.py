@@ -37,12 +37,12 @@ def test_a_hot_pixel_is_drawn_where_it_lies(
         assert placed[at] == (under == hot)
 
 
-@pytest.mark.parametrize("step", [5, 8, 13, 16])
+@pytest.mark.parametrize("step", [3, 4, 5, 8])
 @pytest.mark.parametrize("at_l0", [(3, 7), (2001, 1500), (3990, 3060)])
 def test_registration_on_an_odd_sized_slide_at_every_picture_size(step: int, at_l0: tuple[int, int]) -> None:
-    grid = heatmap_grid((4003, 3067), 8)
+    grid = heatmap_grid((4003, 3067), 4)
     level = level_for(len(grid.levels), grid.downsample, (step, step))
-    heat_l0 = 8 * 2**level
+    heat_l0 = 4 * 2**level
     heat = np.zeros(grid.levels[level], np.float32)
     heat[tuple(a // heat_l0 for a in at_l0)] = 1
     shape = [-(-n // step) for n in grid.shape_l0]
