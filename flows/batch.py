@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from flows.plan import Model, open_model, with_row_options
 from flows.progress import Event
-from flows.settings import versions
 from flows.steps import explain_image
 from schemas.errors import GigacamError
 from schemas.image import ImageRequest, ReadOptions
 from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport
+from workers.planner import Model, open_model, with_row_options
 from workers.pool import Pool, open_pool
+from workers.provenance import versions
 from workers.publisher import write_run_report
 from workers.readers import expand, identity_of
 

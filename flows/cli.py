@@ -110,7 +110,7 @@ def plan(image: Images, model: ModelCardPath, out: Out = "out", method: Methods 
     """Print tiles, units, bytes, memory and estimated time; compute nothing."""
     request = _request(locals())
     from flows.batch import list_images
-    from flows.plan import measure_rate, open_model, plan_image, summarise
+    from workers.planner import measure_rate, open_model, plan_image, summarise
 
     images = list_images(request)
     loaded = open_model(request)

@@ -6,24 +6,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TypeVar
 
 from flows.progress import Lines
-from schemas.geometry import Box
-from schemas.grid import TissueSpec
-from schemas.image import ReadOptions
 from schemas.run import ExplainRequest, PoolSettings, RunReport
-from workers.metrics.planted import at_pixel_centres, lesion_scores, rim_scores
-from workers.readers import open_image
-from workers.readers.overview import read_overview
-from workers.store.heatmap import HeatmapStore
+from workers.evaluator import planted_lesion_scores, rim_lesion_scores
 from workers.synthetic.models import train_slide_model, train_volume_model
 from workers.synthetic.slides import write_slide
 from workers.synthetic.volumes import write_phantom
-from workers.tiling.tissue import tissue_mask
 
 T = TypeVar("T")
 
@@ -66,8 +56,8 @@ def run_demo(
     by_image = {image.image: Path(image.output) for image in report.images}
     print(f"\nAUROC of raw signed maps over evaluated pixels (models and data of seed {seed})")
     slide_folder, volume_folder = by_image[str(slide_path)], by_image[str(volume_path)]
-    _print_scores(_slide_table(slide_path, truth_path, slide_folder))
-    _print_scores(_volume_table(volume_path, rim_path, volume_folder))
+    _print_scores(planted_lesion_scores(slide_path, truth_path, slide_folder))
+    _print_scores(rim_lesion_scores(volume_path, rim_path, volume_folder))
     print("\nTo look at:")
     for image in report.images:
         print(f"  {Path(image.output) / 'overview.png'}")
@@ -92,59 +82,6 @@ def _explain_all(asked: list[ExplainRequest], pool: PoolSettings, direct: bool) 
     reports = [run(request) for request in asked]
     images = tuple(image for report in reports for image in report.images)
     return reports[-1].model_copy(update={"images": images})
-
-
-def _slide_table(slide: Path, truth: Path, folder: Path) -> dict[str, dict[str, float]]:
-    heatmap = HeatmapStore.open(folder / "heatmap.ome.zarr")
-    grid = heatmap.info.grid
-    options = ReadOptions(mpp_um=heatmap.info.spacing[0])
-    reader = open_image(str(slide), options)
-    pixels, downsample, _ = read_overview(reader, spacing=(8.0, 8.0))
-    reader.close()
-    size = tuple(s * d for s, d in zip(heatmap.info.spacing, downsample, strict=True))
-    mask = tissue_mask(pixels, size, TissueSpec()).mask
-    shape, step = grid.levels[0], grid.downsample[0]
-    tissue = at_pixel_centres(mask, downsample, shape, step).astype(bool)
-    planted = at_pixel_centres(_whole(str(truth), options), (1.0, 1.0), shape, step)
-    darkness = 255.0 - at_pixel_centres(pixels.mean(axis=0), downsample, shape, step)
-    table = {
-        channel.label: lesion_scores(_channel(heatmap, i), planted, tissue)
-        for i, channel in enumerate(heatmap.info.channels)
-    }
-    seen = np.isfinite(_channel(heatmap, 0))
-    table["raw darkness"] = lesion_scores(np.where(seen, darkness, np.nan), planted, tissue)
-    return table
-
-
-def _volume_table(volume: Path, truth: Path, folder: Path) -> dict[str, dict[str, float]]:
-    heatmap = HeatmapStore.open(folder / "heatmap.ome.zarr")
-    grid = heatmap.info.grid
-    shape, step = grid.levels[0], grid.downsample[0]
-    ones = (1.0,) * 3
-    planted = at_pixel_centres(_whole(str(truth), ReadOptions()), ones, shape, step).astype(int)
-    raw = at_pixel_centres(_whole(str(volume), ReadOptions()), ones, shape, step)
-    table = {
-        channel.label: rim_scores(_channel(heatmap, i), planted)
-        for i, channel in enumerate(heatmap.info.channels)
-    }
-    table["raw intensity"] = rim_scores(np.where(np.isfinite(_channel(heatmap, 0)), raw, np.nan), planted)
-    return table
-
-
-def _whole(uri: str, options: ReadOptions) -> NDArray[Any]:
-    """First channel of a small image at level 0."""
-    reader = open_image(uri, options)
-    shape = reader.meta.shape_l0
-    box = Box(frame="l0", start=(0,) * len(shape), stop=shape)
-    pixels, _ = reader.read(box, shape, 0)
-    reader.close()
-    first: NDArray[Any] = pixels[0]
-    return first
-
-
-def _channel(heatmap: HeatmapStore, index: int) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = heatmap.as_dask(0)[index].compute()
-    return values
 
 
 def _print_scores(table: dict[str, dict[str, float]]) -> None:

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.blocks import BlockOrder
-from flows.plan import Job, Model, plan_image
 from flows.progress import Event
-from flows.settings import keep_rate, versions
 from schemas.errors import GigacamError
 from schemas.frozen import digest
 from schemas.image import ImageRequest
@@ -19,7 +17,9 @@ from schemas.run import BlockTask, ExplainRequest, ImageReport, PoolSettings, Un
 from workers.explainer import Explainer, ExplainInit, pick_device
 from workers.export.nifti import write_nifti
 from workers.export.overview import write_overview
+from workers.planner import Job, Model, plan_image
 from workers.pool import Pool, Stage
+from workers.provenance import keep_rate, versions
 from workers.publisher import predictions, publish_heatmap, write_image_report
 from workers.readers import open_image
 from workers.stitcher import Stitcher, StitchInit

@@ -86,7 +86,7 @@ def json_schemas() -> dict[str, type[Frozen]]:
 def _times(values: Sequence[float]) -> str:
     if len(set(values)) == 1 and float(values[0]).is_integer() and values[0] < 100:
         return f"{values[0]:.0f}"
-    return " x ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+    return " x ".join(f"{v:.0f}" if float(v).is_integer() else f"{v:.4g}" for v in values)
 
 
 def _bytes(n: int) -> str:

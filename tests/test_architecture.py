@@ -25,6 +25,9 @@ EXECUTION = (
     "workers.explainer",
     "workers.stitcher",
     "workers.publisher",
+    "workers.planner",
+    "workers.evaluator",
+    "workers.provenance",
     "workers.pool",
     "workers.dispatch",
     "workers.ray_pool",
@@ -45,6 +48,8 @@ MAY_IMPORT = {part: frozenset(below) for parts, below in RINGS for part in parts
 SIDEWAYS = {
     ("workers.explainer", "workers.pool"): "names the task type it is handed",
     ("workers.stitcher", "workers.pool"): "names the task type it is handed",
+    ("workers.planner", "workers.explainer"): "times one batch, and names the device it runs on",
+    ("workers.planner", "workers.provenance"): "estimates from rates that were measured",
     ("workers.dispatch", "workers.pool"): "plans the stages and tasks of the protocol",
     ("workers.ray_pool", "workers.pool"): "is one of its pools",
     ("workers.ray_pool", "workers.dispatch"): "is driven by it",
@@ -59,7 +64,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "workers.stitching": frozenset({"numpy", "scipy", "skimage"}),
     "workers.metrics": frozenset({"numpy", "scipy", "skimage"}),
     "workers.cam": frozenset({"numpy", "scipy", "skimage", "torch"}),
-    "flows": frozenset({"prefect", "pydantic", "rich", "typer"}),
+    "flows": frozenset({"packaging", "prefect", "pydantic", "rich", "typer"}),
 }
 """Where only these third-party packages belong: definitions, numerics, and the layer that computes nothing."""
 

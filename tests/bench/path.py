@@ -215,9 +215,9 @@ def main() -> None:
 
 def plan_boxes(slide: str, model: str, boxes: str, overlap: float) -> dict[str, float]:
     """Plan the slide as the path will, and save the boxes of its tiles."""
-    from flows.plan import open_model, plan_image
     from schemas.image import ImageRequest
     from schemas.run import ExplainRequest
+    from workers.planner import open_model, plan_image
 
     request = ExplainRequest(images=(slide,), model=model, out="unused", overlap=overlap)
     job = plan_image(ImageRequest(uri=slide), request, open_model(request))

@@ -202,3 +202,8 @@ def _number(text: str | None) -> float | None:
         return None if text is None else float(text)
     except ValueError:
         return None
+
+
+def library_version() -> str:
+    """Version of the OpenSlide library in use."""
+    return f"OpenSlide {openslide.__library_version__}"

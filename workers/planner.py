@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from flows.settings import keep_rate, last_rate, versions
 from schemas.errors import SourceError, SpecError
 from schemas.explanation import CamSpec
 from schemas.frozen import digest
@@ -30,6 +29,7 @@ from workers.cam.methods import METHODS
 from workers.explainer import ExplainInit, pick_device, tiles_per_second
 from workers.models.card import load_card
 from workers.models.facts import model_facts, retarget
+from workers.provenance import keep_rate, last_rate, versions
 from workers.readers import open_image
 from workers.readers.overview import read_mask, read_overview
 from workers.readers.reader import Reader
