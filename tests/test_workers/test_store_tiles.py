@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from schemas.errors import StoreError
 from schemas.run import TilesInfo
 from tests.test_workers.store_samples import fill_unit, map_grid, shifted_boxes, tiles_info, tree, unit_values
-from workers.store.tiles import ERROR_BYTES, ERROR_TABLE, TilesStore, differing_fields
+from workers.store.layout import ERROR_BYTES, ERROR_TABLE
+from workers.store.tiles import TilesStore, differing_fields
 
 SHAPE = (30, 26)
 BOXES = shifted_boxes(SHAPE, (8, 8), (7, 7))
@@ -87,7 +88,7 @@ def test_reasons_keep_their_code_and_whole_characters(tmp_path: Path) -> None:
     store = TilesStore.create(tmp_path / "tiles.zarr", sample(), BOXES)
     scores, maps = unit_values(store.info, 0, 4)
     index = np.zeros((4, 2), np.int32)
-    long = "ä" * 200
+    long = "ä" * ERROR_BYTES
     store.write_unit(0, scores, index, maps, {0: f"{ERROR_TABLE[2]} in layer4", 3: long})
     store.fail_unit(1, "worker died 3 times")
     reasons = {f.tile: f.reason for f in store.failures()}

@@ -13,26 +13,18 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from zarr.codecs import BloscCodec
 
 from schemas.errors import StoreError
 from schemas.heatmap import Coverage
-from schemas.ngff import ImageAttributes, LabelsAttributes
+from schemas.ngff import ImageAttributes
 from schemas.run import BlockTask, HeatmapInfo
 from workers.stitching.grid import Block, all_blocks, block_box, blocks_touched, parent
 from workers.store.folders import move_aside, new_folder, read_ledger, remove, sweep_partials
-from workers.store.ngff import (
-    axis_names,
-    coverage_attributes,
-    image_attributes,
-    peak_attributes,
-    registration,
-)
+from workers.store.layout import dumped, has_peak, heatmap_attributes, write_heatmap
+from workers.store.ngff import peak_attributes
 
 if TYPE_CHECKING:
     import dask.array as da
-
-_COMPRESSOR = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
 
 
 class HeatmapStore:
@@ -81,7 +73,7 @@ class HeatmapStore:
             ledger = None
         if ledger is None:
             with new_folder(path) as draft:
-                _write_new(draft, info, name or path.absolute().parent.name)
+                write_heatmap(draft, info, name or path.absolute().parent.name)
         else:
             sweep_partials(path)
         return cls.open(path, "r+")
@@ -111,7 +103,7 @@ class HeatmapStore:
 
     @property
     def has_peak(self) -> bool:
-        return _has_peak(self.info)
+        return has_peak(self.info)
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:  # opening reads metadata, which never changes
@@ -297,65 +289,6 @@ class HeatmapStore:
     def _write_info(self, info: HeatmapInfo) -> None:
         name = ImageAttributes.model_validate(self._group.attrs["ome"]).multiscales[0].name
         if self.has_peak:
-            self._group["peak"].attrs.put({"ome": _dump(peak_attributes(info, name))})
-        self._group.attrs.put(_attributes(info, name))
+            self._group["peak"].attrs.put({"ome": dumped(peak_attributes(info, name))})
+        self._group.attrs.put(heatmap_attributes(info, name))
         self.info = info
-
-
-def _has_peak(info: HeatmapInfo) -> bool:
-    return info.spec.peak and len(info.grid.levels) > 1
-
-
-def _dump(model: Any) -> dict[str, Any]:
-    return cast("dict[str, Any]", model.model_dump(mode="json", by_alias=True, exclude_none=True))
-
-
-def _attributes(info: HeatmapInfo, name: str) -> dict[str, Any]:
-    return {
-        "ome": _dump(image_attributes(info, name)),
-        "gigacam": info.model_dump(mode="json") | {"registration": _dump(registration(info))},
-    }
-
-
-def _write_new(path: Path, info: HeatmapInfo, name: str) -> None:
-    """All arrays and metadata of a new heatmap, `complete` false: a viewer may open it at once."""
-    root = zarr.create_group(path, zarr_format=3, attributes=_attributes(info, name))
-    channels, grid = len(info.channels), info.grid
-    labels = root.create_group("labels", attributes={"ome": _dump(LabelsAttributes(labels=("coverage",)))})
-    coverage = labels.create_group("coverage", attributes={"ome": _dump(coverage_attributes(info))})
-    blocks = root.create_group("blocks")
-    images = [(root, range(len(grid.levels)))]
-    if _has_peak(info):
-        peak = root.create_group("peak", attributes={"ome": _dump(peak_attributes(info, name))})
-        images.append((peak, range(1, len(grid.levels))))
-    for group, levels in images:
-        for level in levels:
-            group.create_array(
-                str(level),
-                shape=(channels, *grid.levels[level]),
-                chunks=(1, *grid.chunk),
-                shards=(1, *grid.shards[level]),
-                dtype="float32",
-                fill_value=float("nan"),
-                compressors=_COMPRESSOR,
-                dimension_names=axis_names(info, True),
-            )
-    for level, shape in enumerate(grid.levels):
-        coverage.create_array(
-            str(level),
-            shape=shape,
-            chunks=grid.chunk,
-            shards=grid.shards[level],
-            dtype="uint8",
-            fill_value=0,
-            compressors=_COMPRESSOR,
-            dimension_names=axis_names(info, False),
-        )
-        blocks.create_array(
-            str(level),
-            shape=grid.blocks(level),
-            chunks=(1,) * len(shape),
-            dtype="uint8",
-            fill_value=0,
-            compressors=None,
-        )

@@ -16,21 +16,13 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from zarr.codecs import BloscCodec
 
 from schemas.errors import StoreError
 from schemas.geometry import Box
 from schemas.heatmap import TileStatus
 from schemas.run import Counts, TileFailure, TilesInfo
 from workers.store.folders import move_aside, new_folder, read_ledger, sweep_partials
-
-ERROR_TABLE = ("", "see error_text", "the network gave values that are not finite", "given up by the pool")
-"""Short reasons, the table of `error`; a reason that begins like one of them has its code."""
-ERROR_BYTES = 240
-"""A reason is kept in this many bytes of UTF-8, in its unit's own chunk (attributes are shared by all workers)."""
-_COMPRESSOR = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
-_BOX_ROWS = 65536
-"""Boxes are written once, when the store is made, so that their chunks need not be units."""
+from workers.store.layout import ERROR_BYTES, ERROR_TABLE, write_tiles
 
 
 class TilesStore:
@@ -76,7 +68,7 @@ class TilesStore:
             ledger = None
         if ledger is None:
             with new_folder(path) as draft:
-                _write_new(draft, info, boxes)
+                write_tiles(draft, info, boxes)
             return cls.open(path, "r+")
         if ledger.get("tiles_id") != info.tiles_id:
             fields = differing_fields(ledger.get("spec", {}), info.spec.model_dump(mode="json"))
@@ -343,36 +335,3 @@ def differing_fields(found: Any, expected: Any, name: str = "") -> list[str]:
             for line in differing_fields(found.get(key), expected.get(key), f"{name}.{key}".lstrip("."))
         ]
     return [] if found == expected else [f"{name} (there {found!r}, asked {expected!r})"]
-
-
-def _write_new(path: Path, info: TilesInfo, boxes: NDArray[np.int64]) -> None:
-    """All arrays of a new store; status 3 for the rows that the plan left out."""
-    group = zarr.create_group(path, zarr_format=3, attributes={"gigacam": info.model_dump(mode="json")})
-    tiles, axes, targets = info.tiles, len(info.lattice.shape_l0), len(info.spec.cam.targets)
-    nan = float("nan")
-
-    def array(name: str, dtype: str, fill: float, row: tuple[int, ...], rows: int, one: bool = False) -> Any:
-        return group.create_array(
-            name,
-            shape=(tiles, *row),
-            chunks=(min(rows, max(tiles, 1)), *((1, *row[1:]) if one else row)),
-            dtype=dtype,
-            fill_value=fill,
-            compressors=_COMPRESSOR,
-        )
-
-    unit = info.spec.unit
-    array("box", "int64", 0, (2, axes), _BOX_ROWS)[:] = boxes
-    status = array("status/explain", "uint8", TileStatus.PENDING, (), unit)
-    array("error", "uint8", 0, (), unit).attrs["table"] = list(ERROR_TABLE)
-    array("error_text", "uint8", 0, (ERROR_BYTES,), unit)
-    if info.classes:
-        array("scores", "float32", nan, (len(info.classes),), unit)
-    array("target_index", "int32", -1, (targets,), unit)
-    for method, grid in info.grids.items():
-        # one target a chunk: a stitch task reads one channel at a time
-        array(f"maps/{method}", "float32", nan, (targets, *grid.shape), unit, one=True)
-    if info.planned < tiles:
-        left_out = np.zeros(tiles, np.uint8)
-        left_out[info.planned :] = TileStatus.LEFT_OUT
-        status[:] = left_out
