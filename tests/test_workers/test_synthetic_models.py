@@ -113,7 +113,7 @@ def test_models_train_and_load_through_their_cards(tmp_path: Path, monkeypatch: 
     volume = load_card(train_volume_model(tmp_path / "volume", 1))
     assert slide.card.output.classes == ("distractor", "lesion")
     assert volume.card.output.default_target == "rim+"
-    for loaded, cell in ((slide, 16.0), (volume, 8.0)):
+    for loaded, cell in ((slide, 16.0), (volume, 4.0)):
         model = load_model(loaded)
         assert model.cells.cell_px == (cell,) * len(loaded.card.input.tile)
         pixels = np.full((2, loaded.card.input.channels, *loaded.card.input.tile), 50, np.float32)

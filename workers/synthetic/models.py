@@ -22,7 +22,7 @@ from workers.training.fit import fit, turn_and_jitter_tiles, turn_and_jitter_vol
 SLIDE_TILE_PX = 224
 VOLUME_TILE_PX = 32
 _BATCH = 16
-_SLIDE_STEPS, _VOLUME_STEPS = 150, 220
+_SLIDE_STEPS, _VOLUME_STEPS = 120, 220
 _VOLUME_CROPS = 1200
 _TRAINING_SLIDE_PX = 4096
 _LAYER = "class_layers.relu"
@@ -70,7 +70,7 @@ def train_slide_model(folder: Path, seed: int, progress: Progress | None = None)
 
 
 def train_volume_model(folder: Path, seed: int, progress: Progress | None = None) -> Path:
-    """Train a 3-D DenseNet (stride 8) that tells rim+ from rim- and from nothing; return its `model.toml`.
+    """Train a 3-D DenseNet (stride 4) that tells rim+ from rim- and from nothing; return its `model.toml`.
 
     Parameters are those of `train_slide_model`.
     """
@@ -78,9 +78,9 @@ def train_volume_model(folder: Path, seed: int, progress: Progress | None = None
         "spatial_dims": 3,
         "in_channels": 1,
         "out_channels": 1,
-        "init_features": 8,
+        "init_features": 16,
         "growth_rate": 16,
-        "block_config": [2, 2],
+        "block_config": [4],
         "bn_size": 2,
     }
     tile = (VOLUME_TILE_PX,) * 3
