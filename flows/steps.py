@@ -108,7 +108,7 @@ def _compute(
     if counts.planned == 0:
         notes.append(f"no tile holds enough tissue ({job.tissue_method}): nothing was computed")
     if failures and not request.retry_failed:
-        notes.append(f"{len(failures)} tiles have no map; --retry-failed computes them again")
+        notes.append(f"tiles without a map: {len(failures)}; --retry-failed computes them again")
     status = "gaps" if failures or run.lost else "complete"
     return ImageReport(
         image=job.request.uri,

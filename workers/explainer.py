@@ -284,7 +284,8 @@ def _gather(futures: list[Future[NDArray[Any]]], info: TilesInfo) -> tuple[NDArr
             tiles.append(future.result())
         except (SourceError, OSError) as error:
             tiles.append(None)
-            bad[i] = f"read: {error}"
+            # The store says which file; what is kept of a reason is short.
+            bad[i] = "read: " + str(error).removeprefix(f"{info.image.uri}: ")
     like = next((t for t in tiles if t is not None), None)
     shape = like.shape if like is not None else (info.image.channels, *info.lattice.tile_px)
     dtype = like.dtype if like is not None else np.dtype(np.float32)

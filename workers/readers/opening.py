@@ -40,7 +40,7 @@ def open_image(uri: str, options: ReadOptions | None = None) -> Reader:
         raise SourceError(msg)
     path = Path(uri.removeprefix("file://")).expanduser()
     if not path.exists():
-        msg = f"{path}: no such file or folder"
+        msg = f"{path}: no such file or folder; check the path"
         raise SourceError(msg)
     return _open_folder(path, options) if path.is_dir() else _open_file(path, options)
 

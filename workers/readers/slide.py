@@ -146,7 +146,7 @@ class SlideReader:
             self.close()
             msg = (
                 f"{self._path}: level {level} cannot be read at x {location[1]}, y {location[0]} (level-0 px), "
-                f"{size[1]} x {size[0]} px ({error}); that part of the file is damaged"
+                f"{size[1]} x {size[0]} px ({error}); that part of the file is damaged: copy the file again from its source"
             )
             raise SourceError(msg) from error
         rgb = np.asarray(_on_white(picture))
