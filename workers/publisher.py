@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
 from schemas.frozen import Frozen
 from schemas.geometry import Box
@@ -15,6 +17,8 @@ from schemas.run import ImageReport, Prediction, RunReport
 from workers.store.heatmap import HeatmapStore
 from workers.store.statistics import channel_statistics
 from workers.store.tiles import TilesStore
+
+log = logging.getLogger("gigacam")
 
 
 def publish_heatmap(heatmap: HeatmapStore) -> None:
@@ -57,5 +61,19 @@ def write_image_report(folder: Path, report: ImageReport) -> None:
 
 
 def write_run_report(out: Path, report: RunReport) -> None:
-    """`run.json`, the batch."""
-    write_json(out / "run.json", report)
+    """`run.json`: the batch, after what earlier runs left in the same folder about other images."""
+    path = out / "run.json"
+    asked = {image.image for image in report.images}
+    earlier = tuple(image for image in _earlier(path) if image.image not in asked)
+    write_json(path, report.model_copy(update={"images": (*earlier, *report.images)}))
+
+
+def _earlier(path: Path) -> tuple[ImageReport, ...]:
+    if not path.exists():
+        return ()
+    try:
+        return RunReport.model_validate_json(path.read_text()).images
+    except ValidationError:
+        # Written by another version: its images are not listed again, their own folders stay.
+        log.warning("%s is not of this version and is written anew", path)
+        return ()
