@@ -14,7 +14,7 @@ class TissueSpec(Frozen):
 
     method: Literal["auto", "none"] = "auto"
     """`auto`: saturation + Otsu for slides, threshold for volumes; `none`: every tile."""
-    min_fraction: float = Field(default=0.1, ge=0, le=1)
+    min_fraction: float = Field(default=0.02, ge=0, le=1)
     """A tile is kept when at least this share of it is tissue (and at least one mask pixel)."""
     mask_um: float = Field(default=8.0, gt=0)
     """Pixel size the mask is made at, where a level serves."""
