@@ -17,6 +17,9 @@ from workers.readers.overview import read_overview
 from workers.store.heatmap import HeatmapStore
 from workers.tiling.tissue import tissue_mask
 
+BAND_L0 = 1024
+"""Rows of truth read at once."""
+
 
 def planted_lesion_scores(slide: Path, truth: Path, folder: Path) -> dict[str, dict[str, float]]:
     """AUROC of each channel of a slide's heatmap in `folder`, and of plain darkness beside them.
@@ -36,7 +39,7 @@ def planted_lesion_scores(slide: Path, truth: Path, folder: Path) -> dict[str, d
     mask = tissue_mask(pixels, size, TissueSpec()).mask
     shape, step = grid.levels[0], grid.downsample[0]
     tissue = at_pixel_centres(mask, downsample, shape, step).astype(bool)
-    planted = at_pixel_centres(_whole(str(truth), options), (1.0, 1.0), shape, step)
+    planted = _at_centres(str(truth), options, shape, step)
     darkness = 255.0 - at_pixel_centres(pixels.mean(axis=0), downsample, shape, step)
     table = {
         channel.label: lesion_scores(_channel(heatmap, i), planted, tissue)
@@ -58,9 +61,8 @@ def rim_lesion_scores(volume: Path, truth: Path, folder: Path) -> dict[str, dict
     heatmap = HeatmapStore.open(folder / "heatmap.ome.zarr")
     grid = heatmap.info.grid
     shape, step = grid.levels[0], grid.downsample[0]
-    ones = (1.0,) * 3
-    planted = at_pixel_centres(_whole(str(truth), ReadOptions()), ones, shape, step).astype(int)
-    raw = at_pixel_centres(_whole(str(volume), ReadOptions()), ones, shape, step)
+    planted = _at_centres(str(truth), ReadOptions(), shape, step).astype(int)
+    raw = _at_centres(str(volume), ReadOptions(), shape, step)
     table = {
         channel.label: rim_scores(_channel(heatmap, i), planted)
         for i, channel in enumerate(heatmap.info.channels)
@@ -69,15 +71,20 @@ def rim_lesion_scores(volume: Path, truth: Path, folder: Path) -> dict[str, dict
     return table
 
 
-def _whole(uri: str, options: ReadOptions) -> NDArray[Any]:
-    """First channel of a small image at level 0."""
+def _at_centres(uri: str, options: ReadOptions, shape: tuple[int, ...], downsample: int) -> NDArray[Any]:
+    """First channel of an image under the centre of each heatmap pixel, read a band at a time."""
     reader = open_image(uri, options)
-    shape = reader.meta.shape_l0
-    box = Box(frame="l0", start=(0,) * len(shape), stop=shape)
-    pixels, _ = reader.read(box, shape, 0)
+    size = reader.meta.shape_l0
+    bands = []
+    step = max(1, BAND_L0 // downsample)
+    for first in range(0, shape[0], step):
+        rows = min(step, shape[0] - first)
+        start, stop = first * downsample, min((first + rows) * downsample, size[0])
+        box = Box(frame="l0", start=(start, *(0,) * (len(size) - 1)), stop=(stop, *size[1:]))
+        pixels, _ = reader.read(box, box.shape, 0)
+        bands.append(at_pixel_centres(pixels[0], (1.0,) * len(size), (rows, *shape[1:]), downsample))
     reader.close()
-    first: NDArray[Any] = pixels[0]
-    return first
+    return np.concatenate(bands)
 
 
 def _channel(heatmap: HeatmapStore, index: int) -> NDArray[np.float32]:
