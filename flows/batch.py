@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flows.progress import Event
 from flows.steps import explain_image
-from schemas.errors import GigacamError
+from schemas.errors import GigacamError, SpecError
 from schemas.image import ImageRequest, ReadOptions
 from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport
 from workers.planner import Model, open_model, with_row_options
@@ -22,22 +22,23 @@ from workers.readers import expand, identity_of
 log = logging.getLogger("gigacam")
 
 One = Callable[[ImageRequest], ImageReport]
-Each = Callable[[Sequence[ImageRequest], One], Iterable[tuple[ImageRequest, ImageReport]]]
-"""How the images of a run are run: here one after another or in threads, under Prefect as tasks."""
+Each = Callable[[Sequence[ImageRequest], One], Iterable[tuple[int, ImageReport]]]
+"""How the images of a run are run, here one after another or in threads, under Prefect as tasks: the position of
+each image and its report."""
 
 
-def one_after_another(images: Sequence[ImageRequest], one: One) -> Iterable[tuple[ImageRequest, ImageReport]]:
+def one_after_another(images: Sequence[ImageRequest], one: One) -> Iterable[tuple[int, ImageReport]]:
     """Run the images in order, in this thread."""
-    return ((image, one(image)) for image in images)
+    return enumerate(map(one, images))
 
 
 def in_threads(workers: int) -> Each:
     """At most `workers` images at once, over a pool that is shared: one is planned while another computes."""
 
-    def each(images: Sequence[ImageRequest], one: One) -> Iterable[tuple[ImageRequest, ImageReport]]:
+    def each(images: Sequence[ImageRequest], one: One) -> Iterable[tuple[int, ImageReport]]:
         executor = ThreadPoolExecutor(workers, thread_name_prefix="image")
         try:
-            running = {executor.submit(one, image): image for image in images}
+            running = {executor.submit(one, image): position for position, image in enumerate(images)}
             for future in as_completed(running):
                 yield running[future], future.result()
         finally:
@@ -72,12 +73,17 @@ def explain_batch(
     began = time.perf_counter()
     images = list_images(request)
     model = open_model(request)
-    pool = open_pool(settings)
     out = Path(request.out)
-    reports: dict[ImageRequest, ImageReport] = {}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"--out {out}: cannot be made a folder ({error.strerror or error}); choose another"
+        raise SpecError(msg) from error
+    pool = open_pool(settings)
+    reports: dict[int, ImageReport] = {}
 
     def summary() -> RunReport:
-        ordered = tuple(reports[image] for image in images if image in reports)
+        ordered = tuple(reports[position] for position in sorted(reports))
         seconds = time.perf_counter() - began
         return RunReport(images=ordered, pool=pool.description, seconds=seconds, versions=versions())
 
@@ -85,15 +91,15 @@ def explain_batch(
         if each is None:
             each = one_after_another if settings.kind == "serial" else in_threads(settings.images_in_flight)
         one = _one_image(images, request, model, pool, settings, tell)
-        for image, report in each(images, one):
-            reports[image] = report
+        for position, report in each(images, one):
+            reports[position] = report
             write_run_report(out, summary())
             if request.strict and report.status in ("failed", "gaps"):
                 log.error("--strict: stopping at %s", report.image)
                 break
     except KeyboardInterrupt:
-        for image in images:
-            reports.setdefault(image, ImageReport(image=image.uri, status="interrupted"))
+        for position, image in enumerate(images):
+            reports.setdefault(position, ImageReport(image=image.uri, status="interrupted"))
     finally:
         pool.close()
     write_run_report(out, summary())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -15,8 +17,6 @@ import typer
 from schemas.errors import GigacamError, ModelError, SourceError, SpecError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from schemas.run import ExplainRequest, PoolSettings, RunReport
 
 app = typer.Typer(
@@ -31,54 +31,133 @@ EXIT_OK, EXIT_INCOMPLETE, EXIT_WRONG_REQUEST, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 Images = Annotated[
     list[str],
-    typer.Argument(metavar="IMAGE...", help="File, folder, glob, .csv (column image), or procedural:..."),
+    typer.Argument(
+        metavar="IMAGE...",
+        help="File, folder, glob (quoted), .csv (column image; may have mpp, target, spacing), or procedural:...",
+        show_default=False,
+    ),
 ]
 ModelCardPath = Annotated[str, typer.Option("--model", help="Model card (model.toml).")]
-Out = Annotated[str, typer.Option("--out", help="Output folder.")]
-Methods = Annotated[str, typer.Option("--method", help="CAM methods, comma separated; see gigacam methods.")]
+Out = Annotated[str, typer.Option("--out", help="Folder for the results; made if absent.")]
+Methods = Annotated[
+    str, typer.Option("--method", help="CAM methods, comma separated; gigacam methods lists them.")
+]
 Targets = Annotated[
     str,
     typer.Option(
-        "--target", help="Class name, index, predicted or all; comma separated. Default: the card's."
+        "--target",
+        help="What to explain: class names, indices, predicted or all; comma separated. Default: the card's "
+        "default_target, else all where there are at most 8 classes.",
     ),
 ]
-Mpp = Annotated[float | None, typer.Option("--mpp", help="Slide pixel size in um; overrides the file's.")]
-Spacing = Annotated[str, typer.Option("--spacing", help="Voxel size in mm, z,y,x; overrides the file's.")]
-Channel = Annotated[int | None, typer.Option("--channel", help="Index on the channel axis of a 4-D volume.")]
-TimePoint = Annotated[int | None, typer.Option("--time", help="Index on the time axis of a 4-D volume.")]
-Layer = Annotated[str, typer.Option("--layer", help="Layer to explain. Default: the card's.")]
-Tile = Annotated[str, typer.Option("--tile", help="Tile size in model px, one number or y,x or z,y,x.")]
-Overlap = Annotated[float, typer.Option("--overlap", help="Fraction of a tile shared with its neighbour.")]
-Edge = Annotated[str, typer.Option("--edge", help="Last tiles: shift (moved inward) or pad.")]
-Tissue = Annotated[str, typer.Option("--tissue", help="auto, or none (every tile).")]
-Region = Annotated[str, typer.Option("--region", help="GeoJSON: only tiles that meet a polygon.")]
-Mask = Annotated[str, typer.Option("--mask", help="Image whose non-zero pixels replace the tissue mask.")]
-Batch = Annotated[int, typer.Option("--batch", help="Tiles a device batch.")]
-Unit = Annotated[int | None, typer.Option("--unit", help="Tiles a task. Default 256, volumes 8.")]
-Importance = Annotated[str, typer.Option("--importance", help="Blend weight: flat, hann or gaussian.")]
-Downsample = Annotated[int | None, typer.Option("--downsample", help="Level-0 px a heatmap px.")]
+Mpp = Annotated[
+    float | None, typer.Option("--mpp", help="Slide pixel size in um at level 0. Default: the file's.")
+]
+Spacing = Annotated[
+    str, typer.Option("--spacing", help="Voxel size in mm, one number or z,y,x (RAS). Default: the file's.")
+]
+Channel = Annotated[
+    int | None,
+    typer.Option("--channel", help="Index on the channel axis of a volume. Default: its only one."),
+]
+TimePoint = Annotated[
+    int | None, typer.Option("--time", help="Index on the time axis of a volume. Default: its only one.")
+]
+Layer = Annotated[str, typer.Option("--layer", help="Layer to explain, by module name. Default: the card's.")]
+Tile = Annotated[
+    str, typer.Option("--tile", help="Tile size in model px, one number, y,x or z,y,x. Default: the card's.")
+]
+Overlap = Annotated[
+    float, typer.Option("--overlap", help="Fraction of a tile its neighbour shares, 0 to <1.")
+]
+Edge = Annotated[
+    str,
+    typer.Option(
+        "--edge", help="Last tile of an axis: shift (moved inward) or pad (reaches past the image)."
+    ),
+]
+Tissue = Annotated[
+    str, typer.Option("--tissue", help="auto (tiles on tissue; volumes: on foreground) or none (every tile).")
+]
+Region = Annotated[
+    str,
+    typer.Option(
+        "--region", help="GeoJSON polygons in level-0 px: only tiles that meet one. Default: the whole image."
+    ),
+]
+Mask = Annotated[
+    str,
+    typer.Option(
+        "--mask",
+        help="Image over the whole slide or volume; where it is not 0 takes the place of the tissue mask. "
+        "Default: none.",
+    ),
+]
+Batch = Annotated[int, typer.Option("--batch", help="Tiles the device computes at once.")]
+Unit = Annotated[
+    int | None, typer.Option("--unit", help="Tiles a task, the step of resume. Default: 256; volumes 8.")
+]
+Importance = Annotated[
+    str, typer.Option("--importance", help="Weight of a tile where tiles overlap: flat, hann or gaussian.")
+]
+Downsample = Annotated[
+    int | None,
+    typer.Option(
+        "--downsample",
+        help="Level-0 px a heatmap px. Default: the largest power of two within half a CAM cell; volumes of up "
+        "to 64 million voxels 1.",
+    ),
+]
 CellCentres = Annotated[
-    str, typer.Option("--cell-centres", help="receptive_field (measured) or grid (regular over the tile).")
+    str,
+    typer.Option(
+        "--cell-centres",
+        help="Where CAM cells lie: receptive_field (measured through the network) or grid (regular over the tile).",
+    ),
 ]
-Upsampling = Annotated[bool, typer.Option("--allow-upsampling", help="Read finer than the source.")]
-PoolKind = Annotated[str, typer.Option("--pool", help="auto, serial or ray.")]
-Address = Annotated[str, typer.Option("--ray-address", help="Ray cluster; empty starts a local one.")]
+Upsampling = Annotated[
+    bool,
+    typer.Option(
+        "--allow-upsampling", help="Read more than 1.25 times finer than the source. Default: refused."
+    ),
+]
+PoolKind = Annotated[
+    str,
+    typer.Option(
+        "--pool", help="Where the work runs: serial (this process), ray, or auto (ray for several images)."
+    ),
+]
+Address = Annotated[
+    str, typer.Option("--ray-address", help="Ray cluster to join. Default: RAY_ADDRESS, else a local one.")
+]
 WorkerCount = Annotated[
-    int | None, typer.Option("--workers", help="Ray actors. Default: one a GPU, else a CPU.")
+    int | None, typer.Option("--workers", help="Ray actors. Default: one a GPU, or one a CPU without GPUs.")
 ]
-Threads = Annotated[int | None, typer.Option("--threads", help="torch threads a worker.")]
-ImageIdStyle = Annotated[str, typer.Option("--image-id", help="stem (name and digest) or hash.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", help="torch threads a worker. Default: 1 for a Ray actor, all cores in serial."
+    ),
+]
+ImageIdStyle = Annotated[
+    str, typer.Option("--image-id", help="Name of an image's folder: stem (file name and digest) or hash.")
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON document on standard output; messages go to standard error."),
+]
+Direct = Annotated[bool, typer.Option("--direct", help="Run without Prefect.")]
 
 
 @app.command()
 def inspect(image: Images, mpp: Mpp = None, spacing: Spacing = "", channel: Channel = None,
             time: TimePoint = None, as_json: AsJson = False) -> None:  # fmt: skip
-    """Print what the readers know of an image."""
+    """Print what the readers know of an image: size, levels, pixel size and where it was read, identity."""
     from workers.readers import expand, open_image
 
     read = _read_options(mpp, spacing, channel, time)
     failed = False
+    documents = []
     for request in expand(image):
         options = read.model_copy(update=request.options.model_dump(exclude_none=True))
         try:
@@ -89,10 +168,11 @@ def inspect(image: Images, mpp: Mpp = None, spacing: Spacing = "", channel: Chan
             continue
         meta = reader.meta
         reader.close()
-        if as_json:
-            print(meta.model_dump_json())
-        else:
-            _print_fields(meta, {"image_id": meta.image_id()})
+        documents.append({"image_id": meta.image_id(), **meta.model_dump(mode="json")})
+        if not as_json:
+            print("\n".join(f"{name:20} {value}" for name, value in documents[-1].items()))
+    if as_json:
+        print(json.dumps(documents))
     if failed:
         raise typer.Exit(EXIT_INCOMPLETE)
 
@@ -105,32 +185,35 @@ def plan(image: Images, model: ModelCardPath, out: Out = "out", method: Methods 
          batch: Batch = 32, unit: Unit = None, importance: Importance = "hann",
          downsample: Downsample = None, cell_centres: CellCentres = "receptive_field",
          allow_upsampling: Upsampling = False, workers: WorkerCount = None, image_id: ImageIdStyle = "stem",
-         measure: Annotated[bool, typer.Option("--measure", help="Run one batch to estimate the time.")] = False,
+         measure: Annotated[bool, typer.Option("--measure", help="Run one batch to estimate the time; writes no output.")] = False,
          as_json: AsJson = False) -> None:  # fmt: skip
     """Print tiles, units, bytes, memory and estimated time; compute nothing."""
     request = _request(locals())
     from flows.batch import list_images
     from workers.planner import measure_rate, open_model, plan_image, summarise
 
+    settings = _pool("serial", "", workers, None)
     images = list_images(request)
     loaded = open_model(request)
     failed = False
+    summaries = []
     for one in images:
         try:
             job = plan_image(one, request, loaded)
             if measure:
                 measure_rate(job, loaded, os.cpu_count() or 1)
-            summary = summarise(job, request, loaded, _pool("serial", "", workers, None))
+            summary = summarise(job, request, loaded, settings)
         except (SourceError, SpecError) as error:
             failed = True
             print(f"error: {error}", file=sys.stderr)
             continue
-        if as_json:
-            print(summary.model_dump_json())
-        else:
+        summaries.append(summary.model_dump(mode="json"))
+        if not as_json:
             from flows.tables import plan_lines
 
             print("\n".join(plan_lines(summary)))
+    if as_json:
+        print(json.dumps(summaries))
     if failed:
         raise typer.Exit(EXIT_INCOMPLETE)
 
@@ -144,9 +227,9 @@ def explain(image: Images, model: ModelCardPath, out: Out, method: Methods = "gr
             downsample: Downsample = None, cell_centres: CellCentres = "receptive_field",
             allow_upsampling: Upsampling = False, pool: PoolKind = "auto", ray_address: Address = "",
             workers: WorkerCount = None, threads: Threads = None,
-            fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier, different result aside.")] = False,
-            retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute failed tiles again.")] = False,
-            direct: Annotated[bool, typer.Option("--direct", help="Without Prefect.")] = False,
+            fresh: Annotated[bool, typer.Option("--fresh", help="Where OUT holds a result of another request, move it aside first.")] = False,
+            retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute tiles that failed before once more.")] = False,
+            direct: Direct = False,
             strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that is not complete.")] = False,
             image_id: ImageIdStyle = "stem", as_json: AsJson = False) -> None:  # fmt: skip
     """Explain images: tiles, class activation maps, stitched heatmap pyramids."""
@@ -171,13 +254,15 @@ def methods(as_json: AsJson = False) -> None:
 @app.command()
 def demo(
     out: Annotated[str, typer.Option("--out", help="Folder to write to.")] = "demo",
-    slide: Annotated[str, typer.Option("--slide", help="Explain this slide too.")] = "",
-    methods: Annotated[str, typer.Option("--methods", help="CAM methods, comma separated.")] = "",
+    slide: Annotated[str, typer.Option("--slide", help="A slide of your own to explain too.")] = "",
+    methods: Annotated[
+        str, typer.Option("--methods", help="CAM methods, comma separated. Default: all but cam.")
+    ] = "",
     pool: PoolKind = "ray",
     workers: WorkerCount = None,
     threads: Threads = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    direct: Annotated[bool, typer.Option("--direct", help="Without Prefect.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the data and of the training.")] = 0,
+    direct: Direct = False,
 ) -> None:
     """Make a slide and a volume, train two small networks, explain both, and measure the maps."""
     from flows.demo import run_demo
@@ -188,7 +273,9 @@ def demo(
 
 
 @app.command()
-def schema(name: Annotated[str, typer.Argument(help="Schema name; none lists them.")] = "") -> None:
+def schema(
+    name: Annotated[str, typer.Argument(help="Name of a value; without one the names are listed.")] = "",
+) -> None:
     """Print the JSON Schema of one of the project's values."""
     from flows.tables import json_schemas
 
@@ -242,9 +329,13 @@ def _run(request: ExplainRequest, asked: PoolSettings, direct: bool, as_json: bo
 
 
 def _through_prefect(request: ExplainRequest, settings: PoolSettings) -> RunReport:
+    from flows.explain import NotComplete
     from flows.explain import explain as explain_flow
 
-    report: RunReport = explain_flow(request, settings)
+    try:
+        report: RunReport = explain_flow(request, settings)
+    except NotComplete as error:
+        return error.report
     return report
 
 
@@ -273,6 +364,9 @@ def _request(flags: dict[str, Any]) -> ExplainRequest:
 
     from schemas.run import ExplainRequest
 
+    if not _words(flags["method"]):
+        msg = f"--method {flags['method']!r}: names no method; gigacam methods lists them"
+        raise SpecError(msg)
     heatmap = {k: flags[k] for k in ("importance", "downsample") if flags[k] != _DEFAULTS[k]}
     values: dict[str, Any] = {
         "images": tuple(flags["image"]),
@@ -302,11 +396,16 @@ _DEFAULTS: dict[str, Any] = {
 """Flag defaults: a value equal to its default is not passed on, so that `plan` can tell what was given."""
 
 
+_FLAGS = {"kind": "pool", "address": "ray-address"}
+"""Fields whose flag has another name."""
+
+
 def _flag_errors(error: Any) -> str:
     lines = []
     for item in error.errors():
-        flag = "--" + str(item["loc"][-1] if item["loc"] else "").replace("_", "-")
-        lines.append(f"{flag}: {item['msg']}; found {item['input']!r}")
+        name = [part for part in item["loc"] if isinstance(part, str)][-1]
+        flag = "--" + _FLAGS.get(name, name).replace("_", "-")
+        lines.append(f"{flag} {item['input']}: {item['msg'].replace('Input should be', 'expected')}")
     return "; ".join(lines)
 
 
@@ -322,14 +421,18 @@ def _pool(kind: str, address: str, workers: int | None, threads: int | None) -> 
 
 
 def _read_options(mpp: float | None, spacing: str, channel: int | None, time: int | None) -> Any:
-    from schemas.image import ReadOptions
+    from schemas.image import MPP_EXPLICIT_UM, ReadOptions
 
+    low, high = MPP_EXPLICIT_UM
+    if mpp is not None and not low <= mpp <= high:
+        msg = f"--mpp {mpp:g}: expected a pixel size of {low} to {high} um; check the unit"
+        raise SpecError(msg)
     values = None
     if spacing:
         values = _numbers(spacing, "--spacing")
         values = values * 3 if len(values) == 1 else values
-        if len(values) != 3:
-            msg = f"--spacing {spacing}: expected one number, or three as z,y,x in mm"
+        if len(values) != 3 or not all(0 < value < math.inf for value in values):
+            msg = f"--spacing {spacing}: expected one number above 0, or three as z,y,x, in mm"
             raise SpecError(msg)
     return ReadOptions(mpp_um=mpp, spacing_mm=values, channel=channel, time=time)
 
@@ -339,7 +442,13 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _tile(text: str) -> tuple[int, ...] | None:
-    return tuple(round(n) for n in _numbers(text, "--tile")) if text else None
+    if not text:
+        return None
+    sizes = _numbers(text, "--tile")
+    if not all(size.is_integer() for size in sizes):
+        msg = f"--tile {text}: expected whole model px, one number or y,x or z,y,x"
+        raise SpecError(msg)
+    return tuple(int(size) for size in sizes)
 
 
 def _numbers(text: str, flag: str) -> tuple[float, ...]:
@@ -348,11 +457,6 @@ def _numbers(text: str, flag: str) -> tuple[float, ...]:
     except ValueError:
         msg = f"{flag} {text}: expected numbers separated by commas"
         raise SpecError(msg) from None
-
-
-def _print_fields(value: BaseModel, extra: dict[str, Any]) -> None:
-    for name, item in {**extra, **value.model_dump()}.items():
-        print(f"{name:20} {item}")
 
 
 def _print_table(table: Any) -> None:
@@ -383,13 +487,13 @@ def _options(
     )
 
 
-def main() -> None:
-    """Run the command; a wrong request is one line and exit code 2."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command in `words` (None: the process's own); a wrong request is one line and exit code 2."""
     from flows.settings import quiet_environment
 
     quiet_environment()
     try:
-        app()
+        app(words)
     except KeyboardInterrupt:
         print("interrupted: run the same command again to resume; what was computed is kept", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

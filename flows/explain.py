@@ -33,6 +33,17 @@ from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport  # 
 ARTIFACT_EVERY_S = 2.0
 
 
+class NotComplete(Exception):
+    """What a flow asked to be strict ends with; the report of the run goes along."""
+
+    def __init__(self, report: RunReport) -> None:
+        dead = sum(image.status not in ("complete", "duplicate") for image in report.images)
+        super().__init__(
+            f"--strict: {dead} of {len(report.images)} images are not complete; run.json says why"
+        )
+        self.report = report
+
+
 @flow(name="explain", log_prints=False, validate_parameters=True)
 def explain(request: ExplainRequest, pool: PoolSettings = PoolSettings()) -> RunReport:  # noqa: B008
     """Explain every image of `request`; one task and one progress artifact an image.
@@ -54,8 +65,7 @@ def explain(request: ExplainRequest, pool: PoolSettings = PoolSettings()) -> Run
     report = explain_batch(request, settings, tell, each=partial(_as_tasks, in_flight, listeners))
     _publish(report)
     if request.strict and report.exit_code:
-        msg = f"{sum(r.status != 'complete' for r in report.images)} images are not complete (--strict)"
-        raise RuntimeError(msg)
+        raise NotComplete(report)
     return report
 
 
@@ -89,7 +99,7 @@ def heartbeat() -> str:
 
 def _as_tasks(
     in_flight: int, listeners: list[_Artifact], images: Sequence[ImageRequest], one: One
-) -> Iterable[tuple[ImageRequest, ImageReport]]:
+) -> Iterable[tuple[int, ImageReport]]:
     """One Prefect task an image; the reports come back beside the states, not through them."""
     reports: dict[int, ImageReport] = {}
 
@@ -116,7 +126,7 @@ def _as_tasks(
             if report is None:
                 message = future.state.message or f"{image.uri}: its task ended without a report"
                 report = ImageReport(image=image.uri, status="failed", error=message)
-            yield image, report
+            yield position, report
 
 
 class _Artifact:

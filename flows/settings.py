@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-from schemas.run import PoolSettings
+if TYPE_CHECKING:
+    from schemas.run import PoolSettings
 
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

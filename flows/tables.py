@@ -18,16 +18,17 @@ from schemas.run import PlanSummary, RunReport
 def plan_lines(plan: PlanSummary) -> list[str]:
     """One plan, one line a fact."""
     unit = plan.spacing_unit
+    axes = f"({', '.join(('z', 'y', 'x')[-len(plan.shape_l0) :])})"
     time = "unknown; --measure runs one batch" if plan.seconds is None else _duration(plan.seconds)
     lines = [
         f"{plan.image}",
         f"  id          {plan.image_id}",
-        f"  source      {_times(plan.shape_l0)} px at {_times(plan.spacing)} {unit} ({plan.spacing_source})",
+        f"  source      {_times(plan.shape_l0)} px {axes} at {_times(plan.spacing)} {unit} ({plan.spacing_source})",
         f"  tiles       {plan.tiles} of {_times(plan.tile_l0)} level-0 px every {_times(plan.stride_l0)}, "
         f"read at level {plan.level} (size error {plan.size_error:.2%})",
         f"  tissue      {plan.tissue_fraction:.1%} by {plan.tissue_method}"
         + (f"; {plan.left_out} tiles left out by choice" if plan.left_out else ""),
-        f"  work        {plan.units} units, {plan.batches} batches, {plan.blocks} blocks",
+        f"  work        {_count(plan.units, 'unit')}, {_count(plan.batches, 'batch')}, {_count(plan.blocks, 'block')}",
         f"  heatmap     {_times(plan.heatmap_shape)} at 1/{_times(plan.heatmap_downsample)}: {', '.join(plan.channels)}",
         f"  disk        {_bytes(plan.tiles_bytes)} of tile maps, {_bytes(plan.heatmap_bytes)} of heatmap "
         f"before compression; {_bytes(plan.disk_free_bytes)} free",
@@ -54,7 +55,7 @@ def report_lines(report: RunReport, out: str) -> list[str]:
         lines.append(line)
         lines += [f"            note: {note}" for note in image.notes]
     lines.append(
-        f"{len(report.images)} images in {report.seconds:.1f} s on {report.pool}; {Path(out) / 'run.json'}"
+        f"{_count(len(report.images), 'image')} in {report.seconds:.1f} s on {report.pool}; {Path(out) / 'run.json'}"
     )
     return lines
 
@@ -83,6 +84,12 @@ def json_schemas() -> dict[str, type[Frozen]]:
     }
 
 
+def _count(n: int, what: str) -> str:
+    if n == 1:
+        return f"1 {what}"
+    return f"{n} {what}es" if what.endswith("ch") else f"{n} {what}s"
+
+
 def _times(values: Sequence[float]) -> str:
     if len(set(values)) == 1 and float(values[0]).is_integer() and values[0] < 100:
         return f"{values[0]:.0f}"
@@ -99,6 +106,8 @@ def _bytes(n: int) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "under 1 s"
     if seconds < 120:
         return f"about {seconds:.0f} s"
     return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"

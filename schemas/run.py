@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -239,7 +239,8 @@ class ExplainRequest(Frozen):
     cell_centres: Literal["receptive_field", "grid"] = "receptive_field"
     precision: Precision = "fp32"
     read: ReadOptions = ReadOptions()
-    tile: tuple[int, ...] | None = None
+    tile: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Tile size in model px, array order; one number: the same on every axis. None: the card's."""
     overlap: float = Field(default=0.0, ge=0, lt=1)
     edge: Literal["shift", "pad"] = "shift"
     tissue: Literal["auto", "none"] = "auto"

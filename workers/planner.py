@@ -79,9 +79,24 @@ def open_model(request: ExplainRequest) -> Model:
     if unknown:
         msg = f"--method {','.join(unknown)}: unknown; the methods are {', '.join(METHODS)}"
         raise SpecError(msg)
+    ndim = len(loaded.card.input.tile)
+    _check_places(request, ndim)
     layer = request.layer or loaded.card.cam.layer
-    facts = model_facts(loaded, layer, request.targets, request.tile, request.cell_centres)
+    tile = request.tile * ndim if request.tile and len(request.tile) == 1 else request.tile
+    facts = model_facts(loaded, layer, request.targets, tile, request.cell_centres)
     return Model(str(Path(request.model).resolve()), loaded.card, facts)
+
+
+def _check_places(request: ExplainRequest, ndim: int) -> None:
+    """Read what --region and --mask name: a wrong file is a wrong request, not a failed image."""
+    if request.region:
+        read_polygons(request.region)
+    if request.mask:
+        try:
+            read_mask(request.mask, ndim)
+        except SourceError as error:
+            msg = f"--mask {error}"
+            raise SpecError(msg) from error
 
 
 def plan_image(image: ImageRequest, request: ExplainRequest, model: Model) -> Job:
@@ -102,7 +117,11 @@ def plan_image(image: ImageRequest, request: ExplainRequest, model: Model) -> Jo
 def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: Model) -> Job:
     meta, card, facts = reader.meta, model.card, model.facts
     if image.target:
-        facts = retarget(facts, card.output, (image.target,))
+        try:
+            facts = retarget(facts, card.output, (image.target,))
+        except SpecError as error:
+            msg = f"{image.uri}: {error}"
+            raise SpecError(msg) from error
     if meta.kind != card.input.kind:
         msg = f"{image.uri}: is a {meta.kind}; model {card.name!r} takes a {card.input.kind}"
         raise SpecError(msg)

@@ -121,7 +121,7 @@ def _find(name: str, classes: list[tuple[str, int]]) -> tuple[str, int]:
     known_names = [n for n, _ in classes]
     near = difflib.get_close_matches(name, known_names, n=3) or known_names[:10]
     msg = (
-        f"target {name!r} is no class of this model; expected a name ({', '.join(near)}), an index below "
+        f"--target {name}: no class of this model; expected a name ({', '.join(near)}), an index below "
         f"{len(classes)}, 'predicted' or 'all'"
     )
     raise SpecError(msg)

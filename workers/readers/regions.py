@@ -24,7 +24,11 @@ def read_polygons(path: str | Path) -> tuple[Polygon, ...]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         msg = f"{path}: not readable as GeoJSON ({error}); --region expects polygons in level-0 pixels"
         raise SpecError(msg) from error
-    found = tuple(_polygons(document))
+    try:
+        found = tuple(_polygons(document))
+    except (LookupError, TypeError, ValueError) as error:
+        msg = f"{path}: a polygon without a ring of (x, y) points ({error}); --region expects polygons in level-0 pixels"
+        raise SpecError(msg) from error
     if not found:
         msg = f"{path}: found no Polygon or MultiPolygon; --region expects polygons in level-0 pixels"
         raise SpecError(msg)
