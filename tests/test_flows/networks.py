@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,19 @@ def write_densenet_card(folder: Path, kind: str, **inputs: Any) -> str:
     )
     write_card(folder / "model.toml", card)
     return str(folder / "model.toml")
+
+
+class SlowPooledChannels(PooledChannels):
+    """The same, taking its time: a run long enough to be interrupted."""
+
+    def __init__(self, cell: int, ndim: int, seconds: float) -> None:
+        super().__init__(cell, ndim)
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return super().forward(x)
+
+
+def slow_pooled_channels(cell: int, ndim: int = 2, seconds: float = 0.2) -> nn.Module:
+    return SlowPooledChannels(cell, ndim, seconds)
