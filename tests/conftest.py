@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# A slow machine is no failure: examples are bounded by number, not by time.
+settings.register_profile("gigacam", deadline=None)
+settings.load_profile("gigacam")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
