@@ -15,8 +15,6 @@ from schemas.frozen import digest
 from schemas.image import ImageRequest
 from schemas.run import BlockTask, ExplainRequest, ImageReport, PoolSettings, UnitTask
 from workers.explainer import Explainer, ExplainInit, pick_device
-from workers.export.nifti import write_nifti
-from workers.export.overview import write_overview
 from workers.planner import Job, Model, plan_image
 from workers.pool import Pool, Stage
 from workers.provenance import keep_rate, versions
@@ -96,8 +94,13 @@ def _compute(
     reader = open_image(job.request.uri, job.request.options)
     try:
         if not run.blocks_lost:
+            # Loaded here: planning pays for neither matplotlib nor nibabel.
+            from workers.export.overview import write_overview
+
             write_overview(job.folder / "overview.png", reader, heatmap, tiles.info)
             if job.tiles.image.kind == "volume":
+                from workers.export.nifti import write_nifti
+
                 write_nifti(job.folder / "heatmap.nii.gz", heatmap, reader)
     finally:
         reader.close()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-import flows.steps
+import workers.export.overview
 
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave `overview.png` out: drawing it takes longer than all else on a small image."""
-    monkeypatch.setattr(flows.steps, "write_overview", lambda *_: None)
+    monkeypatch.setattr(workers.export.overview, "write_overview", lambda *_: None)

@@ -126,6 +126,11 @@ _OPAQUE = ("softmax", "scaled_dot_product", "bmm", "upsample", "lstm", "gru", "g
 class _Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Each operator replaced by what it does to positions."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here; to be marked as not for dynamo, torch would import it, which takes seconds.
+        return False
+
     def __init__(self, ndim: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._ndim = ndim
