@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -234,7 +234,11 @@ def explain(image: Images, model: ModelCardPath, out: Out, method: Methods = "gr
             image_id: ImageIdStyle = "stem", as_json: AsJson = False) -> None:  # fmt: skip
     """Explain images: tiles, class activation maps, stitched heatmap pyramids."""
     request = _request(locals())
-    _run(request, _pool(pool, ray_address, workers, threads), direct, as_json)
+    settings = _pool(pool, ray_address, workers, threads)
+    try:
+        _run(request, settings, direct, as_json)
+    except KeyboardInterrupt:
+        _interrupted()
 
 
 @app.command()
@@ -254,7 +258,9 @@ def methods(as_json: AsJson = False) -> None:
 @app.command()
 def demo(
     out: Annotated[str, typer.Option("--out", help="Folder to write to.")] = "demo",
-    slide: Annotated[str, typer.Option("--slide", help="A slide of your own to explain too.")] = "",
+    slide: Annotated[
+        str, typer.Option("--slide", help="A slide of your own to explain too. Default: none.")
+    ] = "",
     methods: Annotated[
         str, typer.Option("--methods", help="CAM methods, comma separated. Default: all but cam.")
     ] = "",
@@ -309,34 +315,27 @@ def _run(request: ExplainRequest, asked: PoolSettings, direct: bool, as_json: bo
     from flows.settings import resolve_pool
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from flows.batch import explain_batch, list_images
+    from workers.readers import expand
 
-    images = list_images(request)
-    settings, why = resolve_pool(asked, len(images))
+    settings, why = resolve_pool(asked, len(expand(request.images)))
     settings = _with_threads(settings)
     through_prefect = not direct and (settings.kind == "ray" or bool(os.environ.get("PREFECT_API_URL")))
     how = "Prefect" if through_prefect else "direct"
     print(f"pool: {why}; {how}", file=sys.stderr)
-    if through_prefect:
-        report = _through_prefect(request, settings)
-    else:
-        told = listener(as_json)
-        try:
-            report = explain_batch(request, settings, told)
-        finally:
-            told.close()
-    _finish(report, request.out, as_json)
-
-
-def _through_prefect(request: ExplainRequest, settings: PoolSettings) -> RunReport:
-    from flows.explain import NotComplete
-    from flows.explain import explain as explain_flow
-
+    told = listener(as_json)
     try:
-        report: RunReport = explain_flow(request, settings)
-    except NotComplete as error:
-        return error.report
-    return report
+        if through_prefect:
+            from flows.server import recorded
+
+            with recorded(told, settings) as run:
+                report = run(request, settings)
+        else:
+            from flows.batch import explain_batch
+
+            report = explain_batch(request, settings, told)
+    finally:
+        told.close()
+    _finish(report, request.out, as_json)
 
 
 def _finish(report: RunReport, out: str, as_json: bool) -> NoReturn:
@@ -347,8 +346,13 @@ def _finish(report: RunReport, out: str, as_json: bool) -> NoReturn:
 
         print("\n".join(report_lines(report, out)))
     if report.exit_code == EXIT_INTERRUPTED:
-        print("interrupted: run the same command again to resume; what was computed is kept", file=sys.stderr)
+        _interrupted()
     _exit(report.exit_code)
+
+
+def _interrupted() -> NoReturn:
+    print("interrupted: run the same command again to resume; what was computed is kept", file=sys.stderr)
+    _exit(EXIT_INTERRUPTED)
 
 
 def _with_threads(settings: PoolSettings) -> PoolSettings:
@@ -469,19 +473,21 @@ def _exit(code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-Level = Literal["WARNING", "INFO", "DEBUG"]
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"gigacam {version('gigacam')}")
+        _exit(EXIT_OK)
 
 
 @app.callback()
 def _options(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        print(f"gigacam {installed('gigacam')}")
-        raise typer.Exit(EXIT_OK)
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s"
     )
@@ -493,10 +499,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
     quiet_environment()
     try:
-        app(words)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume; what was computed is kept", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        app(words, prog_name="gigacam")
     except (SpecError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_WRONG_REQUEST)

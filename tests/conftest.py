@@ -41,3 +41,18 @@ def ray_session() -> Iterator[None]:
     yield
     if started:
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def prefect_session() -> Iterator[str]:
+    """The Prefect server of a session, on a database of its own; gives the URL of its API."""
+    from flows.settings import quiet_environment
+
+    quiet_environment()
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        url = PREFECT_API_URL.value()
+        assert url is not None
+        yield url
