@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,12 +23,15 @@ from workers.readers import expand, identity_of
 log = logging.getLogger("gigacam")
 
 One = Callable[[ImageRequest], ImageReport]
-Each = Callable[[Sequence[ImageRequest], One], Iterable[tuple[int, ImageReport]]]
+Stop = Callable[[], None]
+Each = Callable[[Sequence[ImageRequest], One, Stop], Iterable[tuple[int, ImageReport]]]
 """How the images of a run are run, here one after another or in threads, under Prefect as tasks: the position of
-each image and its report."""
+each image and its report. The last argument ends the work of all images; who waits for threads calls it first."""
 
 
-def one_after_another(images: Sequence[ImageRequest], one: One) -> Iterable[tuple[int, ImageReport]]:
+def one_after_another(
+    images: Sequence[ImageRequest], one: One, stop: Stop
+) -> Iterable[tuple[int, ImageReport]]:
     """Run the images in order, in this thread."""
     return enumerate(map(one, images))
 
@@ -35,7 +39,7 @@ def one_after_another(images: Sequence[ImageRequest], one: One) -> Iterable[tupl
 def in_threads(workers: int) -> Each:
     """At most `workers` images at once, over a pool that is shared: one is planned while another computes."""
 
-    def each(images: Sequence[ImageRequest], one: One) -> Iterable[tuple[int, ImageReport]]:
+    def each(images: Sequence[ImageRequest], one: One, stop: Stop) -> Iterable[tuple[int, ImageReport]]:
         executor = ThreadPoolExecutor(workers, thread_name_prefix="image")
         try:
             running = {executor.submit(one, image): position for position, image in enumerate(images)}
@@ -81,6 +85,16 @@ def explain_batch(
         raise SpecError(msg) from error
     pool = open_pool(settings)
     reports: dict[int, ImageReport] = {}
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        pool.close()
+
+    def tell_unless_stopped(event: Event) -> None:
+        # What threads have to say of a pool closed under them is no news.
+        if not stopped.is_set():
+            tell(event)
 
     def summary() -> RunReport:
         ordered = tuple(reports[position] for position in sorted(reports))
@@ -90,8 +104,8 @@ def explain_batch(
     try:
         if each is None:
             each = one_after_another if settings.kind == "serial" else in_threads(settings.images_in_flight)
-        one = _one_image(images, request, model, pool, settings, tell)
-        for position, report in each(images, one):
+        one = _one_image(images, request, model, pool, settings, tell_unless_stopped)
+        for position, report in each(images, one, stop):
             reports[position] = report
             write_run_report(out, summary())
             if request.strict and report.status in ("failed", "gaps"):
@@ -101,7 +115,7 @@ def explain_batch(
         for position, image in enumerate(images):
             reports.setdefault(position, ImageReport(image=image.uri, status="interrupted"))
     finally:
-        pool.close()
+        stop()
     write_run_report(out, summary())
     return summary()
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+import hashlib
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -22,15 +26,19 @@ from prefect.artifacts import (  # noqa: E402
 )
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.futures import PrefectFuture, as_completed  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from flows.batch import One, explain_batch, list_images  # noqa: E402
-from flows.progress import Event, throttled  # noqa: E402
+from flows.inbox import move, settled  # noqa: E402
+from flows.progress import LISTENER, Event, throttled  # noqa: E402
 from schemas.image import ImageRequest  # noqa: E402
 from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport  # noqa: E402
 
 ARTIFACT_EVERY_S = 2.0
+
+log = logging.getLogger("gigacam")
 
 
 class NotComplete(Exception):
@@ -53,16 +61,20 @@ def explain(request: ExplainRequest, pool: PoolSettings = PoolSettings()) -> Run
     logger = get_run_logger()
     settings, why = resolve_pool(pool, len(list_images(request)))
     logger.info("pool: %s", why)
-    listeners: list[_Artifact] = []
+    watching = LISTENER.get()
 
     def tell(event: Event) -> None:
-        for listener in listeners:
-            listener(event)
+        # Called in the thread of the image's task, whose artifact the event is for.
+        artifact = _ARTIFACT.get()
+        if artifact is not None:
+            artifact(event)
         if event.message:
             logger.info("%s: %s: %s", event.image, event.stage, event.message)
+        if watching is not None:
+            watching(event)
 
     in_flight = settings.images_in_flight if settings.kind == "ray" else 1
-    report = explain_batch(request, settings, tell, each=partial(_as_tasks, in_flight, listeners))
+    report = explain_batch(request, settings, tell, each=partial(_as_tasks, in_flight))
     _publish(report)
     if request.strict and report.exit_code:
         raise NotComplete(report)
@@ -70,24 +82,34 @@ def explain(request: ExplainRequest, pool: PoolSettings = PoolSettings()) -> Run
 
 
 @flow(name="scan-inbox", validate_parameters=True)
-def scan_inbox(inbox: str, model: str, out: str, done: str = "") -> RunReport | None:
+def scan_inbox(
+    inbox: str,
+    model: str,
+    out: str,
+    done: str = "",
+    settle_s: float = 60.0,
+    pool: PoolSettings = PoolSettings(),  # noqa: B008
+) -> RunReport | None:
     """Explain what lies in `inbox`; what was explained before is resumed or found complete.
 
     Parameters
     ----------
     done
         Folder that images are moved to once complete; empty leaves them where they are.
+    settle_s
+        What was written to within this time is left for the next scan, as it may still be on its way (seconds).
     """
-    request = ExplainRequest(images=(inbox,), model=model, out=out)
-    if not list_images(request):
-        get_run_logger().info("%s: nothing to explain", inbox)
+    entries, waiting = settled(Path(inbox), settle_s)
+    get_run_logger().info("%s: %d to explain, %d still being written", inbox, len(entries), waiting)
+    if not entries:
         return None
-    report: RunReport = explain(request)
+    images = tuple(uri for entry in entries for uri in entry.images)
+    report: RunReport = explain(ExplainRequest(images=images, model=model, out=out), pool)
     if done:
-        Path(done).mkdir(parents=True, exist_ok=True)
-        for image in report.images:
-            if image.status == "complete":
-                os.replace(image.image, Path(done) / Path(image.image).name)
+        complete = {image.image for image in report.images if image.status == "complete"}
+        for entry in entries:
+            if complete.issuperset(entry.images):
+                move(entry, Path(done))
     return report
 
 
@@ -98,16 +120,16 @@ def heartbeat() -> str:
 
 
 def _as_tasks(
-    in_flight: int, listeners: list[_Artifact], images: Sequence[ImageRequest], one: One
+    in_flight: int, images: Sequence[ImageRequest], one: One, stop: Callable[[], None]
 ) -> Iterable[tuple[int, ImageReport]]:
     """One Prefect task an image; the reports come back beside the states, not through them."""
     reports: dict[int, ImageReport] = {}
+    names = _distinct([Path(image.uri.partition("?")[0]).name or image.uri for image in images])
 
     @task(task_run_name="{name}", cache_policy=NO_CACHE, retries=0, persist_result=False)
     def explain_one_image(name: str, position: int) -> State[str]:
-        image = images[position]
-        listeners.append(_Artifact(Path(image.uri.partition("?")[0]).name))
-        report = reports[position] = one(image)
+        _ARTIFACT.set(_Artifact(name))
+        report = reports[position] = one(images[position])
         if report.status == "failed":
             return Failed(message=report.error)
         if report.status == "gaps":
@@ -116,17 +138,29 @@ def _as_tasks(
 
     threads: ThreadPoolTaskRunner[State[str]] = ThreadPoolTaskRunner(max_workers=in_flight)
     with threads as runner:
-        futures = [
-            runner.submit(explain_one_image, {"name": Path(image.uri).name, "position": i})
-            for i, image in enumerate(images)
-        ]
-        for position, (image, future) in enumerate(zip(images, futures, strict=True)):
-            future.wait()
-            report = reports.get(position)
-            if report is None:
-                message = future.state.message or f"{image.uri}: its task ended without a report"
-                report = ImageReport(image=image.uri, status="failed", error=message)
-            yield position, report
+        try:
+            futures: dict[PrefectFuture[State[str]], int] = {
+                runner.submit(explain_one_image, {"name": name, "position": position}): position
+                for position, name in enumerate(names)
+            }
+            for future in as_completed(list(futures)):
+                position = futures[future]
+                report = reports.get(position)
+                if report is None:
+                    uri = images[position].uri
+                    message = future.state.message or f"{uri}: its task ended without a report"
+                    report = ImageReport(image=uri, status="failed", error=message)
+                yield position, report
+        except BaseException:
+            # An interrupt, or --strict. The runner waits for its threads, and they for work nobody wants now.
+            stop()
+            raise
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names that occur more than once get their place in the run."""
+    often = Counter(names)
+    return [name if often[name] == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
 class _Artifact:
@@ -134,21 +168,32 @@ class _Artifact:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._id = cast(
-            UUID, create_progress_artifact(progress=0.0, key=_key(name), description=f"{name}: probe")
+        self._id = _shown(
+            create_progress_artifact, progress=0.0, key=_key(name), description=f"{name}: probe"
         )
         self._tell = throttled(self._update, ARTIFACT_EVERY_S)
 
     def __call__(self, event: Event) -> None:
-        if event.image == self._name and event.total:
+        if event.total and self._id is not None:
             self._tell(event)
 
     def _update(self, event: Event) -> None:
-        text = f"{event.image}: {event.stage} {event.done}/{event.total}, {event.failed} failed"
-        try:
-            update_progress_artifact(self._id, progress=100.0 * event.done / event.total, description=text)
-        except Exception as error:  # whatever the API client raises when the server is gone
-            get_run_logger().warning("progress of %s not shown: %s", event.image, error)
+        text = f"{self._name}: {event.stage} {event.done}/{event.total}, {event.failed} failed"
+        percent = 100.0 * event.done / event.total
+        _shown(update_progress_artifact, self._id, progress=percent, description=text)
+
+
+_ARTIFACT: ContextVar[_Artifact | None] = ContextVar("artifact", default=None)
+"""Of the image whose task runs in this thread."""
+
+
+def _shown(call: Callable[..., object], *args: object, **values: object) -> UUID | None:
+    """What an artifact call answers; None, and a warning, where Prefect could not be reached."""
+    try:
+        return cast(UUID, call(*args, **values))
+    except Exception as error:  # whatever the API client raises when the server is gone
+        log.warning("not shown in Prefect: %s", error)
+        return None
 
 
 def _publish(report: RunReport) -> None:
@@ -163,9 +208,8 @@ def _publish(report: RunReport) -> None:
         }
         for image in report.images
     ]
-    create_table_artifact(
-        key="explain-batch", table=rows, description=f"{report.pool}, {report.seconds:.0f} s"
-    )
+    description = f"{report.pool}, {report.seconds:.0f} s"
+    _shown(create_table_artifact, key="explain-batch", table=rows, description=description)
     dead = [image for image in report.images if image.status in ("failed", "gaps")]
     if dead:
         lines = ["# Not complete", ""]
@@ -175,9 +219,14 @@ def _publish(report: RunReport) -> None:
                 f"  - tile {f.tile} at {f.box.start} to {f.box.stop}: {f.reason}" for f in image.failures[:50]
             ]
             lines += [f"  - {line}" for line in image.failed_tasks[:50]]
-        create_markdown_artifact(key="explain-dead-letter", markdown="\n".join(lines))
+        _shown(create_markdown_artifact, key="explain-dead-letter", markdown="\n".join(lines))
 
 
 def _key(name: str) -> str:
-    """Artifact keys take lower-case letters, digits and dashes."""
-    return "explain-" + "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    """An artifact key of lower-case letters, digits and dashes; names in other letters keep apart by digest."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"explain-{plain}" if name.isascii() and plain else f"explain-{plain}-{_short_digest(name)}"
+
+
+def _short_digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -26,6 +27,10 @@ class Event:
     failed: int = 0
     tiles_per_second: float = 0.0
     message: str = ""
+
+
+LISTENER: ContextVar[Callable[[Event], None] | None] = ContextVar("listener", default=None)
+"""Who else is told when a flow runs in this process: a flow's parameters are recorded, so it is none of them."""
 
 
 class Listener(Protocol):

@@ -52,7 +52,7 @@ def start_ray(address: str = "", cpus: int | None = None) -> bool:
     Returns
     -------
     bool
-        Whether this call started or joined it, so that the caller has to call `ray.shutdown`.
+        Whether this call started or joined it, so that the caller has to call `stop_ray`.
     """
     if ray.is_initialized():
         return False
@@ -71,6 +71,17 @@ def start_ray(address: str = "", cpus: int | None = None) -> bool:
     return True
 
 
+def start_ray_for(settings: PoolSettings) -> bool:
+    """`start_ray` with room for the workers asked for and one more, as CPU actors beside GPU ones come on top."""
+    room = (settings.workers + 1) * (settings.threads or 1) if settings.workers else None
+    return start_ray(settings.address, max(room, os.cpu_count() or 1) if room else None)
+
+
+def stop_ray() -> None:
+    """End or leave the Ray that `start_ray` started or joined."""
+    ray.shutdown()
+
+
 class RayPool:
     """Runs tasks on Ray actors that are respawned when they die.
 
@@ -86,10 +97,7 @@ class RayPool:
     """
 
     def __init__(self, settings: PoolSettings, stall_s: float = 600.0) -> None:
-        threads = settings.threads or 1
-        # Room for the workers asked for and one more, as CPU actors beside GPU ones come on top.
-        room = (settings.workers + 1) * threads if settings.workers else None
-        self._started = start_ray(settings.address, max(room, os.cpu_count() or 1) if room else None)
+        self._started = start_ray_for(settings)
         try:
             offer: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             cpus, gpus = int(offer.get("CPU", 0)), int(offer.get("GPU", 0))
@@ -105,7 +113,7 @@ class RayPool:
             self._dispatcher = Dispatcher(sizes, lambda i: _Actor(self._lanes[i]), stall_s)
         except BaseException:
             if self._started:
-                ray.shutdown()
+                stop_ray()
             raise
 
     @property
@@ -129,7 +137,7 @@ class RayPool:
         self._dispatcher.close()
         if self._started:
             self._started = False
-            ray.shutdown()
+            stop_ray()
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,11 @@ def _folder(folder: Path) -> Iterator[ImageRequest]:
         return
     series = grouped(folder)
     files = [p for p in folder.iterdir() if not p.name.startswith(".")]
-    if len(series) == 1 and not any(_is_image_file(p) for p in files):
+    if len(series) == 1 and not any(is_image_file(p) for p in files):
         yield ImageRequest(uri=str(folder))
         series = []
     for entry in sorted(
-        [*(p for p in files if p.is_dir() or _is_image_file(p)), *(g[0].path for g in series)]
+        [*(p for p in files if p.is_dir() or is_image_file(p)), *(g[0].path for g in series)]
     ):
         if not entry.is_dir():
             yield ImageRequest(uri=str(entry))
@@ -78,7 +78,7 @@ def _folder(folder: Path) -> Iterator[ImageRequest]:
             yield from _folder(entry)
 
 
-def _is_image_file(path: Path) -> bool:
+def is_image_file(path: Path) -> bool:
     return path.is_file() and path.name.lower().endswith(SUFFIXES)
 
 
