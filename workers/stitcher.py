@@ -119,13 +119,15 @@ class Stitcher:
         codes = np.empty(shape, np.uint8)
         for source, place in places:
             codes[place] = halve_coverage(store.coverage(level - 1)[source])
+        # most of a slide is glass: nothing is read there
+        evaluated = bool((codes == Coverage.EVALUATED).any())
 
         def halved(
             array: Any, halve: Callable[[NDArray[np.float32]], NDArray[np.float32]]
         ) -> Iterator[NDArray[np.float32]]:
             for channel in range(len(store.info.channels)):
-                values = np.empty(shape, np.float32)
-                for source, place in places:
+                values = np.full(shape, np.nan, np.float32)
+                for source, place in places if evaluated else ():
                     values[place] = halve(array[(channel, *source)])
                 yield values
 

@@ -148,6 +148,8 @@ def _blend_slab(
     importance: tuple[NDArray[np.float64], ...],
 ) -> NDArray[np.float32]:
     shape = tuple((block[1] - block[0]).tolist())
+    if not len(boxes):
+        return np.full(shape, np.nan, np.float32)
     total, weight = np.zeros(shape), np.zeros(shape)
     px = px_range(boxes, downsample)
     low, high = np.maximum(px[:, 0], block[0]), np.minimum(px[:, 1], block[1])
