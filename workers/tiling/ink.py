@@ -56,6 +56,7 @@ def find_ink(density: NDArray[np.float32], um: tuple[float, ...]) -> dict[str, M
 def _broad(mask: Mask, um: tuple[float, ...]) -> Mask:
     """What holds a square as wide as a pen stroke: no vessel, fold or nucleus."""
     sides = [int(_STROKE_UM / u) | 1 for u in um]  # odd: an even square would shift
-    wide = np.ones((sides[0], sides[1]), bool)
-    broad: Mask = ndimage.binary_dilation(ndimage.binary_erosion(mask, wide, border_value=1), wide)
+    # Minimum, then maximum: an opening by a square, axis by axis, which costs far less than a binary one.
+    eroded = ndimage.minimum_filter(mask.view(np.uint8), sides, mode="constant", cval=1)
+    broad: Mask = ndimage.maximum_filter(eroded, sides, mode="constant", cval=0).view(bool)
     return broad
