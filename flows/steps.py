@@ -10,15 +10,15 @@ from pathlib import Path
 
 from flows.blocks import BlockOrder
 from flows.progress import Event
-from schemas.errors import GigacamError
+from schemas.errors import GigacamError, StoreError
 from schemas.frozen import digest
 from schemas.image import ImageRequest
 from schemas.run import BlockTask, ExplainRequest, ImageReport, PoolSettings, UnitTask
-from workers.explainer import Explainer, ExplainInit, pick_device
+from workers.explainer import Explainer, ExplainInit
 from workers.planner import Job, Model, plan_image
 from workers.pool import Pool, Stage
 from workers.provenance import keep_rate, versions
-from workers.publisher import predictions, publish_heatmap, write_image_report
+from workers.publisher import drop_derived, predictions, publish_heatmap, write_image_report
 from workers.readers import open_image
 from workers.stitcher import Stitcher, StitchInit
 from workers.stitching.grid import block_dependencies
@@ -42,6 +42,7 @@ def explain_image(
     """
     name = Path(image.uri.partition("?")[0]).name or image.uri
     began = time.perf_counter()
+    job: Job | None = None
     try:
         tell(Event(name, "probe"))
         job = plan_image(image, request, model)
@@ -54,7 +55,10 @@ def explain_image(
             message = f"{image.uri}: {type(error).__name__}: {error}"
             log.exception("%s failed", image.uri)
         tell(Event(name, "failed", message=message))
-        return ImageReport(image=image.uri, status="failed", error=message)
+        report = ImageReport(image=image.uri, status="failed", error=message)
+        if job is not None and not isinstance(error, StoreError):
+            write_image_report(job.folder, report)
+        return report
     seconds = {**report.seconds, "all": time.perf_counter() - began}
     report = report.model_copy(update={"seconds": seconds})
     write_image_report(job.folder, report)
@@ -72,13 +76,12 @@ def _compute(
     tell: Callable[[Event], None],
 ) -> ImageReport:
     notes = list(job.notes)
-    tiles = TilesStore.create(job.folder / "tiles.zarr", job.tiles, job.plan.boxes, fresh=request.fresh)
-    heatmap = HeatmapStore.create(
-        job.folder / "heatmap.ome.zarr", job.heatmap, job.folder.name, fresh=request.fresh
-    )
+    tiles, heatmap = _stores(job, request)
     if request.retry_failed:
-        heatmap.clear_blocks(tiles.failed_boxes())
+        heatmap.clear_blocks(tiles.retry_boxes())
         tiles.reset_failed()
+    if heatmap.pending_blocks():
+        drop_derived(job.folder)
     stages = _Stages(job, model, settings, tiles, heatmap)
     run = _Run(job, name, pool, stages, tiles, heatmap, tell)
     clock = time.perf_counter()
@@ -106,7 +109,8 @@ def _compute(
         reader.close()
     seconds["export"] = time.perf_counter() - clock
     if run.tiles_computed and run.seconds.get("explain"):
-        keep_rate(digest(model.facts.card), pick_device("auto"), run.tiles_computed / run.seconds["explain"])
+        for device in run.devices:
+            keep_rate(digest(model.facts.card), device, run.tiles_computed / run.seconds["explain"])
     counts = tiles.counts()
     if counts.planned == 0:
         notes.append(f"no tile holds enough tissue ({job.tissue_method}): nothing was computed")
@@ -140,10 +144,24 @@ def _compute(
             "tissue": {"method": job.tissue_method, "fraction": job.tissue_fraction},
             "versions": versions(),
             "pool": pool.description,
-            "device": pick_device("auto"),
+            "device": ", ".join(sorted(run.devices)),
             "tiles_this_run": run.tiles_computed,
             "intended_use": model.card.intended_use,
         },
+    )
+
+
+def _stores(job: Job, request: ExplainRequest) -> tuple[TilesStore, HeatmapStore]:
+    """Make or resume both stores; a heatmap never outlives the tiles it was made of.
+
+    It goes first: killed in between, tiles without a heatmap are left, never a heatmap of other tiles.
+    """
+    tiles, heatmap = job.folder / "tiles.zarr", job.folder / "heatmap.ome.zarr"
+    if request.fresh or not TilesStore.exists(tiles):
+        HeatmapStore.move_aside(heatmap)
+    return (
+        TilesStore.create(tiles, job.tiles, job.plan.boxes, fresh=request.fresh),
+        HeatmapStore.create(heatmap, job.heatmap, job.folder.name),
     )
 
 
@@ -164,12 +182,15 @@ class _Stages:
             "explain",
             Explainer,
             ExplainInit(
-                tiles=str(tiles.path), model=model.path, threads=threads, decode_threads=min(4, threads)
+                tiles=str(tiles.path), tiles_id=job.tiles.tiles_id, model=model.path, threads=threads
             ),
             "device",
         )
         self.stitch = Stage(
-            "stitch", Stitcher, StitchInit(tiles=str(tiles.path), heatmap=str(heatmap.path)), "cpu"
+            "stitch",
+            Stitcher,
+            StitchInit(tiles=str(tiles.path), heatmap=str(heatmap.path), run_id=job.heatmap.run_id),
+            "cpu",
         )
 
 
@@ -200,6 +221,7 @@ class _Run:
         self.blocks_lost = False
         self.notes: list[str] = []
         self.flags: Counter[str] = Counter()
+        self.devices: set[str] = set()
         self.seconds: dict[str, float] = {}
         self.tiles_computed = 0
         self._began = time.perf_counter()
@@ -220,6 +242,7 @@ class _Run:
             self._add(report.seconds_by, "explain", report.seconds)
             self.notes.extend(report.notes)
             self.flags.update(report.flags)
+            self.devices |= {report.device} - {""}
             self.tiles_computed += report.done
             done, failed = done + report.done + given_up, failed + given_up
             rate = self.tiles_computed / max(1e-9, time.perf_counter() - self._began)

@@ -10,7 +10,8 @@ from schemas.frozen import Frozen
 
 Need = Literal["activations", "gradients", "tail", "input", "weights", "attention", "slide_reduce"]
 Unit = Literal["logit", "logit/cell", "1"]
-Precision = Literal["fp32", "fast"]
+Precision = Literal["fp32"]
+"""The tiers there are; a tier changes the numbers, so it is part of what is hashed."""
 
 
 class MethodInfo(Frozen):

@@ -16,7 +16,7 @@ from schemas.image import ImageMeta, ReadOptions
 ALGORITHM_VERSION = 1
 """Raised whenever the same request would give other numbers."""
 
-ImageStatus = Literal["complete", "gaps", "failed", "duplicate", "interrupted"]
+ImageStatus = Literal["complete", "gaps", "failed", "duplicate", "interrupted", "not started"]
 
 
 class TilesSpec(Frozen):
@@ -150,6 +150,8 @@ class Report(Frozen):
     """Why the pool gave the task up; empty when it was done."""
     attempts: int = 1
     worker: str = ""
+    device: str = ""
+    """Kind of device a unit was computed on."""
     notes: tuple[str, ...] = ()
     flags: dict[str, int] = Field(default_factory=dict)
     """How many maps carry a flag, such as `eigencam doubtful`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -9,21 +10,23 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from schemas.errors import ModelError, SourceError
+from schemas.errors import ModelError, SourceError, StoreError
 from schemas.frozen import Frozen, digest
 from schemas.geometry import Box
 from schemas.run import Report, TilesInfo, UnitTask
-from workers.cam.methods import MapFlag, explain
+from workers.cam.methods import Explained, MapFlag, explain
 from workers.cam.targets import resolve
 from workers.models.adapter import ModelAdapter
-from workers.models.card import load_card, resolved
+from workers.models.card import load_card
 from workers.models.cnn import load_model
+from workers.models.facts import identified
 from workers.pool import Task
 from workers.readers import open_image
 from workers.readers.reader import Reader
@@ -31,6 +34,8 @@ from workers.store.tiles import TilesStore
 
 BATCHES_AHEAD = 2
 """Mini-batches decoded while the device computes."""
+DECODERS_MOST = 4
+"""Decode threads beside a network that computes on the same cores."""
 
 
 class ExplainInit(Frozen):
@@ -38,11 +43,12 @@ class ExplainInit(Frozen):
 
     tiles: str
     """Path of `tiles.zarr`, which holds the specification."""
+    tiles_id: str
+    """Of the store that was planned: another one in its place is refused."""
     model: str
     """Path of the model card."""
     threads: int = 1
     """torch threads on a CPU."""
-    decode_threads: int = 1
     device: str = "auto"
 
 
@@ -50,14 +56,15 @@ class ExplainInit(Frozen):
 def _model(card_path: str, card_digest: str, layer: str, device: str, tile: tuple[int, ...]) -> ModelAdapter:
     """Load once a process, whichever image comes next; the digest is part of the key."""
     loaded = load_card(card_path)
-    found = digest(resolved(loaded.card))
+    model = load_model(loaded, device=device, layer=layer, tile=tile)
+    found = digest(identified(loaded.card, model))
     if found != card_digest:
         msg = (
             f"{card_path}: the card or its weights changed since the run was planned "
             f"(digest {found[:12]}, expected {card_digest[:12]}); restore it, or explain again with --fresh"
         )
         raise ModelError(msg)
-    return load_model(loaded, device=device, layer=layer, tile=tile)
+    return model
 
 
 def pick_device(asked: str) -> str:
@@ -78,6 +85,12 @@ class Explainer:
 
     def __init__(self, init: ExplainInit) -> None:
         self._store = TilesStore.open(init.tiles, mode="r+")
+        if self._store.info.tiles_id != init.tiles_id:
+            msg = (
+                f"{init.tiles}: holds the tiles of another request (found {self._store.info.tiles_id[:12]}, "
+                f"expected {init.tiles_id[:12]}); two runs write to one folder: run one at a time"
+            )
+            raise StoreError(msg)
         self._tiles = TileComputer(self._store.info, init)
 
     def run(self, task: Task) -> Report:
@@ -103,6 +116,7 @@ class Explainer:
             bytes_written=written,
             notes=found.notes,
             flags=found.flags,
+            device=self._tiles.device,
         )
 
     def close(self) -> None:
@@ -142,16 +156,20 @@ class TileComputer:
     """Reads tiles of one image, ahead of the device, and explains them in mini-batches."""
 
     def __init__(self, info: TilesInfo, init: ExplainInit) -> None:
-        if init.device != "cuda":
-            torch.set_num_threads(init.threads)
         self.info = info
         spec = info.spec
-        device = pick_device(init.device)
-        self.model = _model(init.model, digest(spec.card), spec.cam.layer, device, spec.grid.tile_px)
+        self.device = pick_device(init.device)
+        self.model = _model(init.model, digest(spec.card), spec.cam.layer, self.device, spec.grid.tile_px)
         self.targets = resolve(spec.cam.targets, self.model.card.output, self.model.n_outputs)
-        self._readers = _ReaderPerThread(info)
-        self._readers.check()
-        self._decoders = ThreadPoolExecutor(init.decode_threads, thread_name_prefix="decode")
+        if self.device == "cpu":
+            torch.set_num_threads(init.threads)
+            decoders = min(DECODERS_MOST, init.threads)
+        else:
+            # The host's threads are free while the device computes.
+            decoders = int(os.environ.get("OMP_NUM_THREADS", DECODERS_MOST))
+        self._readers = _Readers(info)
+        self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
+        self._decoders.submit(self._readers.check).result()
 
     def compute(self, boxes: NDArray[np.int64]) -> Computed:
         """Explain the tiles at `boxes` `(n, 2, axes)`, n at least 1."""
@@ -204,13 +222,8 @@ class TileComputer:
         self, pixels: NDArray[Any], notes: list[str], flags: Counter[str]
     ) -> tuple[NDArray[np.float32], NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """Explain a mini-batch; on out-of-memory, in halves, which is noted since it changes the bits."""
-        cam = self.info.spec.cam
-        try:
-            x = self.model.prepare(pixels)
-            out = explain(self.model.net, x, self.targets, cam.methods)
-        except torch.OutOfMemoryError:
-            if len(pixels) == 1:
-                raise
+        out = self._attempt(pixels)
+        if out is None:
             torch.cuda.empty_cache()
             half = -(-len(pixels) // 2)
             notes.append(f"out of device memory at batch {len(pixels)}: computed in halves")
@@ -227,18 +240,32 @@ class TileComputer:
             {name: values.float().cpu().numpy() for name, values in out.maps.items()},
         )
 
+    def _attempt(self, pixels: NDArray[Any]) -> Explained | None:
+        """Explain a mini-batch; None where device memory ran out: on return all that it held is free."""
+        try:
+            x = self.model.prepare(pixels)
+            return explain(self.model.net, x, self.targets, self.info.spec.cam.methods)
+        except torch.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+            return None
+
     def close(self) -> None:
         """Stop the decode threads and close their handles."""
         self._decoders.shutdown(wait=True, cancel_futures=True)
         self._readers.close()
 
 
-class _ReaderPerThread:
-    """One handle a decode thread: a handle is not shared, and errors of one do not reach another."""
+class _Readers:
+    """The source, open: one handle a decode thread for a slide, one in all for a volume.
+
+    A slide's handle is not shared, so that errors of one do not reach another; a volume lies in memory whole,
+    and is not to lie there once a thread.
+    """
 
     def __init__(self, info: TilesInfo) -> None:
         self._info = info
-        self._local = threading.local()
+        self._local: Any = threading.local() if info.image.kind == "slide" else SimpleNamespace()
         self._open: list[Reader] = []
         self._lock = threading.Lock()
 

@@ -107,11 +107,17 @@ def plan_image(image: ImageRequest, request: ExplainRequest, model: Model) -> Jo
     SourceError, SpecError
         The image cannot be read or does not fit the model or the request.
     """
-    reader = open_image(image.uri, image.options)
+    # Workers may run in another folder: what they are given is absolute.
+    reader = open_image(absolute(image.uri), image.options)
     try:
         return _plan(reader, image, request, model)
     finally:
         reader.close()
+
+
+def absolute(uri: str) -> str:
+    """A path as an absolute one; other URIs as they are."""
+    return uri if ":" in uri.partition("/")[0] else str(Path(uri).expanduser().absolute())
 
 
 def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: Model) -> Job:
@@ -206,7 +212,7 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         units=plan.units,
         versions=versions(),
     )
-    folder = Path(request.out) / meta.image_id(request.image_id)
+    folder = Path(request.out).absolute() / meta.image_id(request.image_id)
     heatmap = _heatmap_info(tiles, request.heatmap, map_grid, facts)
     return Job(image, folder, plan, tiles, heatmap, method, fraction, tuple(notes))
 
@@ -311,7 +317,7 @@ def summarise(job: Job, request: ExplainRequest, model: Model, pool: PoolSetting
 def measure_rate(job: Job, model: Model, threads: int) -> None:
     """Run one batch of the planned tiles and keep the rate for this and later plans; writes no output."""
     if job.plan.planned:
-        init = ExplainInit(tiles="", model=model.path, threads=threads, decode_threads=min(4, threads))
+        init = ExplainInit(tiles="", tiles_id="", model=model.path, threads=threads)
         batch = job.plan.boxes[: min(job.tiles.spec.batch, job.plan.planned)]
         rate = tiles_per_second(job.tiles, init, batch)
         keep_rate(digest(model.facts.card), pick_device("auto"), rate)

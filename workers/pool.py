@@ -22,7 +22,7 @@ Task = UnitTask | BlockTask
 
 TRANSIENT_ATTEMPTS = 3
 """Tries of a task that meets an OSError or a retryable error of ours."""
-WORKERS_KEPT = 8
+WORKERS_KEPT = 4
 """Workers a process keeps: the stages of the images in flight."""
 
 log = logging.getLogger("gigacam")

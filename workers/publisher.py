@@ -55,17 +55,27 @@ def write_json(path: Path, value: Frozen) -> None:
     os.replace(handle.name, path)
 
 
+def drop_derived(folder: Path) -> None:
+    """Remove what was made from a heatmap that is about to change: it would describe the earlier one."""
+    for name in ("report.json", "overview.png", "heatmap.nii.gz"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_image_report(folder: Path, report: ImageReport) -> None:
     """`report.json` beside the heatmap."""
     write_json(folder / "report.json", report)
 
 
 def write_run_report(out: Path, report: RunReport) -> None:
-    """`run.json`: the batch, after what earlier runs left in the same folder about other images."""
+    """`run.json`: the batch, after what earlier runs left in the same folder about other images.
+
+    Failed tiles one by one and the provenance are in each image's own `report.json`.
+    """
     path = out / "run.json"
     asked = {image.image for image in report.images}
-    earlier = tuple(image for image in _earlier(path) if image.image not in asked)
-    write_json(path, report.model_copy(update={"images": (*earlier, *report.images)}))
+    earlier = (image for image in _earlier(path) if image.image not in asked)
+    short = (image.model_copy(update={"failures": (), "provenance": {}}) for image in report.images)
+    write_json(path, report.model_copy(update={"images": (*earlier, *short)}))
 
 
 def _earlier(path: Path) -> tuple[ImageReport, ...]:

@@ -28,6 +28,8 @@ class StitchInit(Frozen):
 
     tiles: str
     heatmap: str
+    run_id: str
+    """Of the heatmap that was planned: another one in its place is refused."""
 
 
 class Stitcher:
@@ -36,6 +38,12 @@ class Stitcher:
     def __init__(self, init: StitchInit) -> None:
         self._tiles = TilesStore.open(init.tiles)
         self._heatmap = HeatmapStore.open(init.heatmap, "r+")
+        if self._heatmap.info.run_id != init.run_id:
+            msg = (
+                f"{init.heatmap}: holds the heatmap of another request (found {self._heatmap.info.run_id[:12]}, "
+                f"expected {init.run_id[:12]}); two runs write to one folder: run one at a time"
+            )
+            raise StoreError(msg)
         if self._tiles.info.tiles_id != self._heatmap.info.tiles_id:
             msg = (
                 f"{init.heatmap}: made of tiles {self._heatmap.info.tiles_id}, "

@@ -60,7 +60,11 @@ def fill(tiles: TilesStore, failed: tuple[int, ...] = FAILED) -> None:
 def made_heatmap(folder: Path, name: str, tiles: TilesStore, spec: HeatmapSpec | None = None) -> Made:
     info = heatmap_info(tiles.info, tiny_grid(CASES[name][0], CASES[name][4]), spec)
     heatmap = HeatmapStore.create(folder / "heatmap.ome.zarr", info, "image")
-    return tiles, heatmap, StitchInit(tiles=str(tiles.path), heatmap=str(heatmap.path))
+    return (
+        tiles,
+        heatmap,
+        StitchInit(tiles=str(tiles.path), heatmap=str(heatmap.path), run_id=heatmap.info.run_id),
+    )
 
 
 def stitch(heatmap: HeatmapStore, init: StitchInit) -> None:
@@ -234,7 +238,7 @@ def test_killed_between_any_two_writes_a_second_run_gives_the_same_bytes(
             stitch(torn, init)
     again = HeatmapStore.create(torn.path, torn.info, "image")
     assert len(again.done_blocks(0)) == min(writes // 4, 6)
-    stitch(again, StitchInit(tiles=str(tiles.path), heatmap=str(torn.path)))
+    stitch(again, StitchInit(tiles=str(tiles.path), heatmap=str(torn.path), run_id=torn.info.run_id))
     assert tree(torn.path) == tree(whole("slide")[1].path)
 
 
@@ -243,7 +247,7 @@ def test_retrying_failed_tiles_mends_exactly_what_they_touch(tmp_path: Path) -> 
     fill(tiles)
     _, heatmap, init = made_heatmap(tmp_path / "a", "slide", tiles)
     stitch(heatmap, init)
-    heatmap.clear_blocks(tiles.failed_boxes())
+    heatmap.clear_blocks(tiles.retry_boxes())
     assert 0 < len(heatmap.done_blocks(0)) < 6
     tiles.reset_failed()
     fill(tiles, failed=())
@@ -261,7 +265,10 @@ def test_an_image_without_tiles_is_background(tmp_path: Path) -> None:
     info = tiles_info(boxes, (40, 30), map_grid((4, 4), (2, 2)))
     TilesStore.create(tmp_path / "tiles.zarr", info, boxes)
     heatmap = HeatmapStore.create(tmp_path / "h", heatmap_info(info, tiny_grid((40, 30))))
-    stitch(heatmap, StitchInit(tiles=str(tmp_path / "tiles.zarr"), heatmap=str(heatmap.path)))
+    stitch(
+        heatmap,
+        StitchInit(tiles=str(tmp_path / "tiles.zarr"), heatmap=str(heatmap.path), run_id=heatmap.info.run_id),
+    )
     for level in range(len(heatmap.grid.levels)):
         assert (heatmap.coverage(level)[:] == Coverage.BACKGROUND).all()
         assert np.isnan(heatmap.image(level)[:]).all()
@@ -272,7 +279,11 @@ def test_a_heatmap_of_other_tiles_is_refused(whole: Callable[[str], Made], tmp_p
     other = tiles_info(tiles.boxes(), tiles.info.lattice.shape_l0, tiles.info.grids["gradcam"], batch=2)
     TilesStore.create(tmp_path / "tiles.zarr", other, tiles.boxes())
     with pytest.raises(StoreError, match="made of tiles"):
-        Stitcher(StitchInit(tiles=str(tmp_path / "tiles.zarr"), heatmap=str(heatmap.path)))
+        Stitcher(
+            StitchInit(
+                tiles=str(tmp_path / "tiles.zarr"), heatmap=str(heatmap.path), run_id=heatmap.info.run_id
+            )
+        )
 
 
 def test_a_stitcher_takes_blocks_only(whole: Callable[[str], Made]) -> None:

@@ -218,9 +218,13 @@ def test_retrying_failed_tiles_ends_in_the_store_without_a_failure(tmp_path: Pat
     store = filled(tmp_path / "bad", failed=(1, 6, 13))
     assert np.array_equal(store.failed_boxes(), BOXES[[1, 6, 13]])
     assert tree(tmp_path / "bad") != tree(tmp_path / "good")
-    assert np.array_equal(store.reset_failed(), BOXES[[1, 6, 13]])
+    retried = store.retry_boxes()
+    store.reset_failed()
+    # a retry may fail where there was no failure before: the whole unit is computed again
+    assert np.array_equal(retried, BOXES[store.statuses() == TileStatus.PENDING])
+    assert len(retried) > 3
     assert store.pending_units() == [0, 1, 3]
-    assert store.reset_failed().shape == (0, 2, 2)
+    assert store.retry_boxes().shape == (0, 2, 2)
     for unit in store.pending_units():
         fill_unit(store, unit)
     assert tree(tmp_path / "bad") == tree(tmp_path / "good")

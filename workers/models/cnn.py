@@ -173,6 +173,13 @@ def _preflight(net: SplitNet, card: ModelCard, tile: tuple[int, ...], device: to
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         msg = f"the network does not take input of shape {shape} (tiles, channels, *tile): {reason}"
         raise ModelError(msg) from error
+    found = tuple(split.activations.shape[2:])
+    if len(found) != len(tile):
+        msg = (
+            f"the layer gives {found or 'no'} cells a channel, the tile has {len(tile)} axes: a sequence of tokens has no "
+            "place in the tile; name a layer whose output is a feature map"
+        )
+        raise ModelError(msg)
     net.grad(split.scores.sum(1), split.activations)
     n_outputs = split.scores.shape[1]
     if card.output.kind in ("logits", "logit", "regression"):

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from schemas.model import ModelFacts, OutputSpec
+import torch
+
+from schemas.model import ModelCard, ModelFacts, OutputSpec
 from workers.cam.geometry import grid_cells
 from workers.cam.targets import resolve
+from workers.models.adapter import ModelAdapter
 from workers.models.card import LoadedCard, resolved
 from workers.models.cnn import load_model
+
+
+def identified(card: ModelCard, model: ModelAdapter) -> dict[str, Any]:
+    """The resolved card and the digest of every parameter and buffer that was really loaded.
+
+    A factory may bring its own weights, or make random ones: the card alone does not say what is run.
+    """
+    state = hashlib.sha256()
+    for name, value in sorted(model.net.module.state_dict().items()):
+        array = value.detach().cpu().contiguous()
+        state.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+        state.update(array.reshape(-1).view(torch.uint8).numpy())
+    return {**resolved(card), "state_sha256": state.hexdigest()}
 
 
 def model_facts(
@@ -48,7 +65,7 @@ def model_facts(
     else:
         classes = card.output.classes or tuple(str(i) for i in range(model.n_outputs))
     return ModelFacts(
-        card=resolved(card),
+        card=identified(card, model),
         classes=classes,
         targets=tuple(t.name for t in found),
         target_index=tuple(t.index for t in found),

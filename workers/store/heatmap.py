@@ -78,6 +78,12 @@ class HeatmapStore:
             sweep_partials(path)
         return cls.open(path, "r+")
 
+    @staticmethod
+    def move_aside(path: str | Path) -> None:
+        """Rename the heatmap at `path`, if there is one, to `<name>.old-N`; StoreError where something else lies."""
+        if read_ledger(Path(path), "run_id") is not None:
+            move_aside(Path(path))
+
     @classmethod
     def open(cls, path: str | Path, mode: Literal["r", "r+"] = "r") -> Self:
         """Open an existing store.

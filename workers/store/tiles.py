@@ -82,6 +82,11 @@ class TilesStore:
         store._resume(info, boxes)
         return store
 
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Whether a tiles store lies at `path`; StoreError where something else does."""
+        return read_ledger(Path(path), "lattice") is not None
+
     @classmethod
     def open(cls, path: str | Path, mode: Literal["r", "r+"] = "r") -> Self:
         """Open an existing store.
@@ -305,18 +310,28 @@ class TilesStore:
         """`(n, 2, axes)` level-0 boxes of the failed tiles."""
         return cast("NDArray[np.int64]", self._boxes[self.statuses() == TileStatus.FAILED])
 
-    def reset_failed(self) -> NDArray[np.int64]:
-        """Set failed tiles back to pending, and give their boxes `(n, 2, axes)`.
+    def retry_boxes(self) -> NDArray[np.int64]:
+        """`(n, 2, axes)` level-0 boxes of every tile that a retry computes again: the units of the failed ones."""
+        return self._boxes[self._retried()]
 
-        Clear the heatmap blocks of `failed_boxes()` first: killed in between, a run then finds blocks to
+    def reset_failed(self) -> None:
+        """Set the units that hold a failed tile back to pending, whole: a retry may fail where it did not before.
+
+        Clear the heatmap blocks of `retry_boxes()` first: killed in between, a run then finds blocks to
         stitch again and nothing stale. Only while no worker runs.
         """
-        status = self.statuses()
-        failed = status == TileStatus.FAILED
-        if failed.any():
-            status[failed] = TileStatus.PENDING
+        retried = self._retried()
+        if retried.any():
+            status = self.statuses()
+            status[retried] = TileStatus.PENDING
             self._array("status/explain")[:] = status
-        return cast("NDArray[np.int64]", self._boxes[failed])
+
+    def _retried(self) -> NDArray[np.bool_]:
+        status = self.statuses()
+        unit = np.arange(len(status)) // self.info.spec.unit
+        again: NDArray[np.bool_] = np.isin(unit, unit[status == TileStatus.FAILED])
+        again &= status != TileStatus.LEFT_OUT
+        return again
 
 
 def _encode(reason: str) -> tuple[int, NDArray[np.uint8]]:

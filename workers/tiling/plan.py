@@ -93,6 +93,8 @@ def _region_mask(
     mask = np.zeros(shape, bool)
     for points in polygons:
         rows, cols = (np.asarray(points, float) * np.divide(shape, shape_l0)).T
+        if max(rows) < 0 or max(cols) < 0 or min(rows) >= shape[0] or min(cols) >= shape[1]:
+            continue  # one GeoJSON may serve several slides
         mask[polygon(rows, cols, shape)] = True  # type: ignore[no-untyped-call]
         # The outline too, so that a region thinner than a raster pixel is not lost.
         mask[polygon_perimeter(rows.astype(int), cols.astype(int), shape, clip=True)] = True
