@@ -245,7 +245,7 @@ def _padding(rgb: NDArray[Any]) -> Mask:
 
 def _glass(image: NDArray[Any]) -> Floats | None:
     """RGB of the empty slide: the commonest bright, nearly neutral colour that is not padding."""
-    step = max(1, int((image[0].size / 1e6) ** 0.5))
+    step = max(1, int(np.ceil((image[0].size / 1e6) ** 0.5)))  # a million pixels are enough to tell
     pixels = image[:, ::step, ::step].reshape(3, -1).astype(np.float32)
     low, high = pixels.min(0), pixels.max(0)
     bright = pixels[:, (low >= 180) & (high - low <= 40) & (low < 255)]
