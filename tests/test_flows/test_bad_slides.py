@@ -181,8 +181,9 @@ def test_a_wrong_pixel_size_is_overridden(tmp_path: Path, card: str, name: str) 
     assert run.exit_code == 0, run.stdout
     (image,) = RunReport.model_validate_json((tmp_path / "run.json").read_text()).images
     assert image.status == "complete"
-    assert image.provenance["image"]["spacing"] == [MPP, MPP]
-    assert image.provenance["image"]["spacing_source"] == "--mpp"
+    source = json.loads((Path(image.output) / "report.json").read_text())["provenance"]["image"]
+    assert source["spacing"] == [MPP, MPP]
+    assert source["spacing_source"] == "--mpp"
     assert image.counts is not None
     assert image.counts.done > 5
 

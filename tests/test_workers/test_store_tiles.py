@@ -9,6 +9,7 @@ import zarr
 from numpy.typing import NDArray
 
 from schemas.errors import StoreError
+from schemas.heatmap import TileStatus
 from schemas.run import TilesInfo
 from tests.test_workers.store_samples import fill_unit, map_grid, shifted_boxes, tiles_info, tree, unit_values
 from workers.store.layout import ERROR_BYTES, ERROR_TABLE
