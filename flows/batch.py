@@ -12,7 +12,7 @@ from pathlib import Path
 from flows.progress import Event
 from flows.steps import explain_image
 from schemas.errors import GigacamError, SpecError
-from schemas.image import ImageRequest, ReadOptions
+from schemas.image import ImageRequest
 from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport
 from workers.planner import Model, open_model, with_row_options
 from workers.pool import Pool, open_pool
@@ -22,7 +22,8 @@ from workers.readers import expand, identity_of
 
 log = logging.getLogger("gigacam")
 
-One = Callable[[ImageRequest], ImageReport]
+One = Callable[[int], ImageReport]
+"""Explains the image at a position of the run."""
 Stop = Callable[[], None]
 Each = Callable[[Sequence[ImageRequest], One, Stop], Iterable[tuple[int, ImageReport]]]
 """How the images of a run are run, here one after another or in threads, under Prefect as tasks: the position of
@@ -33,7 +34,7 @@ def one_after_another(
     images: Sequence[ImageRequest], one: One, stop: Stop
 ) -> Iterable[tuple[int, ImageReport]]:
     """Run the images in order, in this thread."""
-    return enumerate(map(one, images))
+    return ((position, one(position)) for position in range(len(images)))
 
 
 def in_threads(workers: int) -> Each:
@@ -42,7 +43,7 @@ def in_threads(workers: int) -> Each:
     def each(images: Sequence[ImageRequest], one: One, stop: Stop) -> Iterable[tuple[int, ImageReport]]:
         executor = ThreadPoolExecutor(workers, thread_name_prefix="image")
         try:
-            running = {executor.submit(one, image): position for position, image in enumerate(images)}
+            running = {executor.submit(one, position): position for position in range(len(images))}
             for future in as_completed(running):
                 yield running[future], future.result()
         finally:
@@ -110,6 +111,8 @@ def explain_batch(
             write_run_report(out, summary())
             if request.strict and report.status in ("failed", "gaps"):
                 log.error("--strict: stopping at %s", report.image)
+                for position, image in enumerate(images):
+                    reports.setdefault(position, ImageReport(image=image.uri, status="not started"))
                 break
     except KeyboardInterrupt:
         for position, image in enumerate(images):
@@ -128,20 +131,22 @@ def _one_image(
     settings: PoolSettings,
     tell: Callable[[Event], None],
 ) -> One:
-    holders: dict[tuple[str, ReadOptions], ImageRequest] = {}
-    holder_of: dict[ImageRequest, ImageRequest] = {}
-    for image in images:
+    holders: dict[tuple[str, int | None, int | None], int] = {}
+    holder_of = list(range(len(images)))
+    for position, image in enumerate(images):
         try:
             identity = identity_of(image.uri)
         except (GigacamError, OSError) as error:
             # It fails by name when its turn comes; here only duplicates matter.
             log.debug("no identity for %s: %s", image.uri, error)
         else:
-            holder_of[image] = holders.setdefault((identity, image.options), image)
+            # Another time point or channel is another image; another pixel size is not.
+            key = (identity, image.options.time, image.options.channel)
+            holder_of[position] = holders.setdefault(key, position)
 
-    def one(image: ImageRequest) -> ImageReport:
-        holder = holder_of.get(image, image)
-        if holder is not image:
+    def one(position: int) -> ImageReport:
+        image, holder = images[position], images[holder_of[position]]
+        if holder_of[position] != position:
             message = f"{image.uri}: the same content as {holder.uri}, which this run explains"
             tell(Event(Path(image.uri).name, "duplicate", message=message))
             return ImageReport(image=image.uri, status="duplicate", error=message)

@@ -42,13 +42,12 @@ log = logging.getLogger("gigacam")
 
 
 class NotComplete(Exception):
-    """What a flow asked to be strict ends with; the report of the run goes along."""
+    """What a flow ends with that was interrupted or asked to be strict; the report of the run goes along."""
 
     def __init__(self, report: RunReport) -> None:
         dead = sum(image.status not in ("complete", "duplicate") for image in report.images)
-        super().__init__(
-            f"--strict: {dead} of {len(report.images)} images are not complete; run.json says why"
-        )
+        why = "--strict" if report.exit_code == 1 else "interrupted"
+        super().__init__(f"{why}: {dead} of {len(report.images)} images are not complete; run.json says why")
         self.report = report
 
 
@@ -56,7 +55,14 @@ class NotComplete(Exception):
 def explain(request: ExplainRequest, pool: PoolSettings = PoolSettings()) -> RunReport:  # noqa: B008
     """Explain every image of `request`; one task and one progress artifact an image.
 
-    One image's failure never ends the others; the flow fails only under `strict`.
+    One image's failure never ends the others; the flow fails only under `strict`, and where it is interrupted.
+
+    Raises
+    ------
+    SpecError, ModelError
+        The request is wrong: nothing was computed.
+    NotComplete
+        See above.
     """
     logger = get_run_logger()
     settings, why = resolve_pool(pool, len(list_images(request)))
@@ -76,7 +82,7 @@ def explain(request: ExplainRequest, pool: PoolSettings = PoolSettings()) -> Run
     in_flight = settings.images_in_flight if settings.kind == "ray" else 1
     report = explain_batch(request, settings, tell, each=partial(_as_tasks, in_flight))
     _publish(report)
-    if request.strict and report.exit_code:
+    if report.exit_code > int(not request.strict):
         raise NotComplete(report)
     return report
 
@@ -129,7 +135,7 @@ def _as_tasks(
     @task(task_run_name="{name}", cache_policy=NO_CACHE, retries=0, persist_result=False)
     def explain_one_image(name: str, position: int) -> State[str]:
         _ARTIFACT.set(_Artifact(name))
-        report = reports[position] = one(images[position])
+        report = reports[position] = one(position)
         if report.status == "failed":
             return Failed(message=report.error)
         if report.status == "gaps":

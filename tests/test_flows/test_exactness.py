@@ -12,6 +12,8 @@ from schemas.heatmap import Coverage, HeatmapSpec
 from tests.test_flows.networks import write_densenet_card, write_factory_card
 from tests.test_flows.runs import centres_l0, explain, heatmap_of, values_of
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 GRID_SLIDE = "procedural:slide?width=20011&height=15013&downsamples=1,2.001,4.016,8.086&pattern=coordinates"
 
 
