@@ -10,9 +10,9 @@ STAMP := .venv/installed
 PIP_FLAGS ?= --quiet --no-compile
 PYTEST_FLAGS ?=
 
-# Linux's default torch wheel brings several GB of CUDA: a machine without an NVIDIA driver asks for the CPU build first.
-# TORCH_INDEX= (empty) takes whatever the default index offers.
-TORCH_INDEX ?= $(if $(or $(filter-out Linux,$(shell uname -s)),$(shell command -v nvidia-smi)),,https://download.pytorch.org/whl/cpu)
+# Linux's default torch wheel brings several GB of CUDA. Where there is no GPU, name the index of PyTorch's CPU builds
+# (its installation page has the address): make test TORCH_INDEX=...
+TORCH_INDEX ?=
 
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
