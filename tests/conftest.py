@@ -44,15 +44,21 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def prefect_session() -> Iterator[str]:
+def prefect_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The Prefect server of a session, on a database of its own; gives the URL of its API."""
     from flows.settings import quiet_environment
 
     quiet_environment()
     from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
-        url = PREFECT_API_URL.value()
-        assert url is not None
-        yield url
+    from flows.server import temporary_server
+
+    database = f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('prefect')}/prefect.db"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("PREFECT_API_URL", raising=False)
+        patched.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", database)
+        with temporary_server() as wait:
+            wait()
+            url = PREFECT_API_URL.value()
+            assert url is not None
+            yield url

@@ -26,7 +26,7 @@ from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
 import flows.explain
 from flows.batch import explain_batch
 from flows.explain import NotComplete, explain, scan_inbox
-from flows.inbox import settled
+from flows.inbox import move, settled
 from flows.progress import LISTENER, Event
 from flows.settings import resolve_pool
 from schemas.errors import SpecError
@@ -157,7 +157,7 @@ class TestABatch:
             assert found[key].data == 100.0
         assert found["explain-cmu-1-small-region-truncated-svs"].data == 0.0
         table = found["explain-batch"].data
-        rows = json.loads(table) if isinstance(table, str) else table
+        rows: list[dict[str, Any]] = json.loads(table) if isinstance(table, str) else table  # type: ignore[assignment]
         assert [(row["image"], row["status"]) for row in rows] == [
             (Path(image.image).name, image.status) for image in report.images
         ]
@@ -186,11 +186,11 @@ def test_strict_ends_in_a_failed_flow(card: str, tmp_path: Path) -> None:
     images = (str(tmp_path / "absent.svs"), PROCEDURAL)
     with pytest.raises(NotComplete) as failure:
         run_flow("a-strict-run", images, card, tmp_path / "out", SERIAL, strict=True)
-    assert [image.status for image in failure.value.report.images] == ["failed"]
+    assert [image.status for image in failure.value.report.images] == ["failed", "not started"]
     state = flow_run("a-strict-run").state
     assert state is not None
     assert state.name == "Failed"
-    assert "1 of 1 images are not complete" in str(state.message)
+    assert "--strict: 2 of 2 images are not complete" in str(state.message)
 
 
 def test_images_of_one_name_are_kept_apart(card: str, tmp_path: Path) -> None:
@@ -214,7 +214,8 @@ def test_volumes_come_back_on_their_own_affine(tmp_path: Path) -> None:
     for image in report.images:
         assert image.counts is not None
         assert image.counts.done == image.counts.planned > 3
-        source, heat = nib.load(image.image), nib.load(Path(image.output) / "heatmap.nii.gz")
+        source: Any = nib.load(image.image)
+        heat: Any = nib.load(Path(image.output) / "heatmap.nii.gz")
         assert heat.shape[:3] == source.shape[:3]
         np.testing.assert_array_equal(heat.affine, source.affine)
         assert nib.aff2axcodes(heat.affine) == nib.aff2axcodes(source.affine)
@@ -294,7 +295,7 @@ class TestInbox:
         (inbox / "a.mrxs").write_text("")
         (entry,), _ = settled(inbox, -60.0)
         assert entry.images == (str(inbox / "a.mrxs"),)
-        flows.explain.move(entry, tmp_path / "done")
+        move(entry, tmp_path / "done")
         assert list(inbox.iterdir()) == []
         assert sorted(p.name for p in (tmp_path / "done").iterdir()) == ["a", "a.mrxs"]
 
@@ -305,7 +306,7 @@ class TestInbox:
         (tmp_path / "done" / "a.svs").write_text("the earlier one")
         (inbox / "a.svs").write_text("another")
         (entry,), _ = settled(inbox, -60.0)
-        flows.explain.move(entry, tmp_path / "done")
+        move(entry, tmp_path / "done")
         assert (inbox / "a.svs").read_text() == "another"
         assert (tmp_path / "done" / "a.svs").read_text() == "the earlier one"
         assert "stays" in caplog.text
@@ -366,12 +367,16 @@ def test_an_interrupt_ends_the_run_at_once(
             report = explain_batch(request, RAY, tell)
         else:
             before = LISTENER.set(tell)
-            report = run_flow(f"interrupted-{tmp_path.name}", images, slow_card, tmp_path, RAY, **asked)
+            with pytest.raises(NotComplete, match="interrupted: 3 of 3") as end:
+                run_flow("interrupted", images, slow_card, tmp_path, RAY, **asked)
             LISTENER.reset(before)
-    assert "interrupted" in {image.status for image in report.images}
+            report = end.value.report
+            assert flow_run("interrupted").state_name == "Failed"
+    assert [image.status for image in report.images] == ["interrupted"] * 3
     assert report.exit_code == 130
-    written = RunReport.model_validate_json((tmp_path / "run.json").read_text())
-    assert written.exit_code == 130
+    # 256 units of 0.2 s each: nobody waited for them
+    assert report.seconds < 30
+    assert RunReport.model_validate_json((tmp_path / "run.json").read_text()).exit_code == 130
 
 
 class TestResolvePool:
