@@ -68,7 +68,7 @@ def write_factory_card(
 
 def write_densenet_card(folder: Path, kind: str, **inputs: Any) -> str:
     """Card of a small MONAI DenseNet with fixed random weights."""
-    from monai.networks.nets import DenseNet
+    from monai.networks.nets.densenet import DenseNet
 
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {"channels": 3 if kind == "slide" else 1, **inputs}
