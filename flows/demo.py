@@ -108,20 +108,16 @@ def _side_by_side(*calls: tuple[Callable[..., tuple[Path, list[str]]], tuple[Any
 
 
 def _explain_all(asked: list[ExplainRequest], pool: PoolSettings, direct: bool) -> RunReport:
-    run: Callable[[ExplainRequest], RunReport]
+    told = Lines()
     if direct:
         from flows.batch import explain_batch
 
-        def run(request: ExplainRequest) -> RunReport:
-            return explain_batch(request, pool, Lines())
+        reports = [explain_batch(request, pool, told) for request in asked]
     else:
-        from flows.explain import explain as explain_flow
+        from flows.server import recorded
 
-        def run(request: ExplainRequest) -> RunReport:
-            found: RunReport = explain_flow(request, pool)
-            return found
-
-    reports = [run(request) for request in asked]
+        with recorded(told, pool) as run:
+            reports = [run(request, pool) for request in asked]
     images = tuple(image for report in reports for image in report.images)
     return reports[-1].model_copy(update={"images": images})
 
