@@ -98,7 +98,8 @@ class Bars:
             self._progress.update(
                 task,
                 description=f"{event.image}  {event.stage}",
-                completed=event.done,
+                # A stage that counts nothing (None) leaves the bar where the last one ended.
+                completed=event.done if event.total else None,
                 total=event.total or None,
                 extra=extra,
             )
