@@ -274,7 +274,7 @@ def test_killed_while_being_made_leaves_no_half_store(
     path = tmp_path / "tiles.zarr"
     with monkeypatch.context() as patch:
         # a real kill runs no cleanup either
-        patch.setattr("workers.store.folders.shutil.rmtree", lambda *_: None)
+        patch.setattr("workers.store.folders.shutil.rmtree", lambda *_, **__: None)
         patch.setattr(zarr.Array, "__setitem__", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             TilesStore.create(path, sample(), BOXES)
