@@ -271,10 +271,11 @@ def demo(
     direct: Direct = False,
 ) -> None:
     """Make a slide and a volume, train two small networks, explain both, and measure the maps."""
+    settings = _pool(pool, "", workers, threads)
+    names = _words(methods)
+    _check_demo(names, slide)
     from flows.demo import run_demo
 
-    settings = _pool(pool, "", workers, threads)
-    names = tuple(name for name in methods.split(",") if name)
     _exit(run_demo(Path(out), slide, names, settings, seed, direct).exit_code)
 
 
@@ -336,6 +337,23 @@ def _run(request: ExplainRequest, asked: PoolSettings, direct: bool, as_json: bo
     finally:
         told.close()
     _finish(report, request.out, as_json)
+
+
+def _check_demo(methods: tuple[str, ...], slide: str) -> None:
+    """Refuse what would only fail after minutes of training."""
+    from workers.cam.methods import METHODS
+    from workers.readers import open_image
+
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        msg = f"--methods {','.join(unknown)}: unknown; the methods are {', '.join(METHODS)}"
+        raise SpecError(msg)
+    if slide:
+        try:
+            open_image(slide).close()
+        except SourceError as error:
+            msg = f"--slide {error}"
+            raise SpecError(msg) from error
 
 
 def _finish(report: RunReport, out: str, as_json: bool) -> NoReturn:
