@@ -91,7 +91,7 @@ def _compute(
     tell(Event(name, "publish"))
     failures = tuple(tiles.failures())
     if not run.blocks_lost:
-        publish_heatmap(heatmap)
+        publish_heatmap(heatmap, settings.threads or 1)
     seconds["publish"] = time.perf_counter() - clock
     clock = time.perf_counter()
     reader = open_image(job.request.uri, job.request.options)

@@ -21,9 +21,13 @@ from workers.store.tiles import TilesStore
 log = logging.getLogger("gigacam")
 
 
-def publish_heatmap(heatmap: HeatmapStore) -> None:
-    """Write each channel's raw range and display window, and mark the heatmap complete."""
-    stats = channel_statistics(heatmap.as_dask(), [c.signed for c in heatmap.info.channels])
+def publish_heatmap(heatmap: HeatmapStore, threads: int) -> None:
+    """Write each channel's raw range and display window, and mark the heatmap complete.
+
+    A thread holds a shard or two: their number bounds the memory.
+    """
+    signed = [channel.signed for channel in heatmap.info.channels]
+    stats = channel_statistics(heatmap.as_dask(), signed, threads)
     heatmap.publish(value_range=stats.value_range, display=stats.display)
 
 
