@@ -25,18 +25,22 @@ DEPTH = 2
 """Calls a replica holds: one runs, the next is already there when it ends."""
 DEATHS = 3
 """Deaths of its process a task may cause; before the last chance it runs alone."""
+LONGEST_S = 6 * 3600.0
+"""A call may take this long in a process that answers (seconds); once its run has reports, see `SLOWER`."""
+SLOWER = 20
+"""A task may take this many times its run's slowest so far: one image's tasks are alike."""
 
 log = logging.getLogger("gigacam")
 
 
 class Replica(Protocol):
-    """One worker process. Calls run one at a time, in the order made.
+    """One worker process. Calls run one at a time, in the order made; only `ping` is answered beside them.
 
     A future raises WorkerLostError when the process died before it finished the call.
     """
 
     def ping(self) -> Future[str]:
-        """Where it runs, once it does."""
+        """Where it runs, once it does; answered even while a task runs, so that long work is no stall."""
         ...
 
     def load(self, key: str, stage: Stage, drop: str | None) -> Future[None]:
@@ -61,6 +65,8 @@ class _Run:
     out: queue.SimpleQueue[Report | BaseException] = field(default_factory=queue.SimpleQueue)
     deaths: int = 0
     """Processes that died while they made its worker."""
+    slowest: float = 0.0
+    """Seconds of its slowest task so far."""
     open: bool = True
 
 
@@ -93,6 +99,10 @@ class _Slot:
     where: str = ""
     since: float = 0.0
     """When the first of `calls` began, or the process was asked for (monotonic seconds)."""
+    heard: float = 0.0
+    """When the process last gave a sign of life, or had none to give (monotonic seconds)."""
+    asked: Future[str] | None = None
+    """The ping it has yet to answer."""
     starts: int = 0
     """Starts in a row that failed; after `DEATHS` the place is given up."""
     calls: deque[_Call] = field(default_factory=deque)
@@ -112,20 +122,31 @@ class Dispatcher:
     spawn
         Starts a replica of a lane (given by index) and returns at once.
     stall_s
-        A replica that has worked on one call for longer than this, and than ten times the slowest report
-        of the stage so far, is killed (seconds).
+        A replica at work that gives no sign of life for so long (seconds) is killed; one that answers is
+        left to work.
+    longest_s
+        Unless one call takes longer than this; once its run has reports, than `SLOWER` times the slowest
+        of them, and than `stall_s`.
+    start_s
+        A run whose lane has had no process for so long (seconds) fails.
     """
 
     def __init__(
-        self, lanes: Sequence[tuple[str, int]], spawn: Callable[[int], Replica], stall_s: float = 600.0
+        self,
+        lanes: Sequence[tuple[str, int]],
+        spawn: Callable[[int], Replica],
+        stall_s: float = 600.0,
+        longest_s: float = LONGEST_S,
+        start_s: float = 600.0,
     ) -> None:
         self.respawns = 0
         self._spawn = spawn
         self._stall_s = stall_s
+        self._longest_s = longest_s
+        self._start_s = start_s
         self._sizes = [size for _, size in lanes]
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._runs: deque[_Run] = deque()
-        self._slowest: dict[str, float] = {}
         self._stopped: Exception | None = None
         self._slots: list[_Slot] = []
         for lane, (name, size) in enumerate(lanes):
@@ -180,7 +201,7 @@ class Dispatcher:
         try:
             while self._stopped is None:
                 self._take_events(self._seconds_to_next_check())
-                self._check_stalls()
+                self._watch()
                 self._assign()
         except Exception as error:  # a fault of ours: nobody may wait for ever because of it
             log.exception("the dispatcher failed")
@@ -247,7 +268,7 @@ class Dispatcher:
             self._stop(WorkerLostError(f"No {slot.name.split('-')[0]} worker could be started: {error}"))
 
     def _answered(self, slot: _Slot, call: _Call) -> None:
-        if call not in slot.calls:  # of a process given up since
+        if call not in slot.calls or self._stopped:  # of a process given up since
             return
         error = call.future.exception()
         if isinstance(error, WorkerLostError):
@@ -258,7 +279,9 @@ class Dispatcher:
     def _settle(self, slot: _Slot, call: _Call, error: BaseException | None) -> None:
         """Take one finished call off its slot."""
         now = time.monotonic()
-        seconds, slot.since = now - slot.since, now
+        seconds = now - slot.since
+        slot.since = slot.heard = now
+        slot.asked = None
         slot.calls.remove(call)
         name = call.run.stage.name
         if call.job is None:
@@ -267,7 +290,7 @@ class Dispatcher:
                 for run in [run for run in self._runs if run.key == call.run.key]:
                     self._fail(run, error)
             return
-        self._slowest[name] = max(seconds, self._slowest.get(name, 0.0))
+        call.run.slowest = max(seconds, call.run.slowest)
         if isinstance(error, Exception):
             report = given_up(name, call.job.task, error, 1, seconds)
         else:
@@ -328,6 +351,7 @@ class Dispatcher:
 
     def _await_greeting(self, slot: _Slot) -> None:
         slot.ready = False
+        slot.asked = None
         slot.since = time.monotonic()
         slot.loaded.clear()
         slot.greeting.add_done_callback(lambda done: self._inbox.put(partial(self._greeted, slot, done)))
@@ -376,33 +400,63 @@ class Dispatcher:
 
     def _call(self, slot: _Slot, call: _Call) -> None:
         if not slot.calls:
-            slot.since = time.monotonic()
+            slot.since = slot.heard = time.monotonic()
         slot.calls.append(call)
         call.future.add_done_callback(lambda _: self._inbox.put(partial(self._answered, slot, call)))
 
-    def _deadlines(self) -> Iterator[tuple[float, _Slot]]:
-        """When each slot that is waited for has stalled (monotonic seconds)."""
+    # In the dispatcher's thread: signs of life ----------------------------------------------------------
+
+    def _due(self) -> Iterator[tuple[float, Callable[[], None]]]:
+        """What comes next for each slot that is waited for, and when (monotonic seconds)."""
         awake = {slot.lane for slot in self._slots if slot.ready}
         wanted = {run.lane for run in self._runs if run.waiting}
         for slot in self._slots:
             if slot.calls:
-                slowest = self._slowest.get(slot.calls[0].run.stage.name, 0.0)
-                yield slot.since + max(self._stall_s, 10 * slowest), slot
+                if slot.asked is None:
+                    life = slot.heard + self._stall_s / 2, partial(self._ask, slot)
+                else:
+                    life = slot.heard + self._stall_s, partial(self._silent, slot)
+                limit = self._limit(slot.calls[0])
+                yield min(
+                    life, (slot.since + limit, partial(self._endless, slot, limit)), key=lambda due: due[0]
+                )
             elif slot.lane in wanted - awake:
-                yield slot.since + self._stall_s, slot
+                yield slot.since + self._start_s, partial(self._no_room, slot)
+
+    def _limit(self, call: _Call) -> float:
+        if call.job is None or not call.run.slowest:
+            return self._longest_s
+        return max(self._stall_s, SLOWER * call.run.slowest)
 
     def _seconds_to_next_check(self) -> float | None:
-        soonest = min((deadline for deadline, _ in self._deadlines()), default=None)
+        soonest = min((when for when, _ in self._due()), default=None)
         return None if soonest is None else max(soonest - time.monotonic(), 0.0)
 
-    def _check_stalls(self) -> None:
-        for deadline, slot in list(self._deadlines()):
-            waited = time.monotonic() - slot.since
-            if deadline > time.monotonic():
-                continue
-            if slot.calls:
-                self._lost(slot, WorkerLostError(f"nothing was heard from it for {waited:.0f} s."))
-            else:
-                for run in [run for run in self._runs if run.lane == slot.lane and run.waiting]:
-                    why = f"no worker process was started within {waited:.0f} s; is there room for one?"
-                    self._fail(run, WorkerLostError(f"{run.stage.name}: {why}"))
+    def _watch(self) -> None:
+        now = time.monotonic()
+        for when, act in list(self._due()):
+            if when <= now:
+                act()
+
+    def _ask(self, slot: _Slot) -> None:
+        slot.asked = ping = slot.replica.ping()
+        ping.add_done_callback(lambda done: self._inbox.put(partial(self._answers, slot, done)))
+
+    def _answers(self, slot: _Slot, ping: Future[str]) -> None:
+        # An error is no sign of life: a dead process is told by its calls, and any other falls silent.
+        if ping is slot.asked and ping.exception() is None:
+            slot.asked, slot.heard = None, time.monotonic()
+
+    def _silent(self, slot: _Slot) -> None:
+        waited = time.monotonic() - slot.heard
+        self._lost(slot, WorkerLostError(f"nothing was heard from it for {waited:.0f} s."))
+
+    def _endless(self, slot: _Slot, limit: float) -> None:
+        why = f"it answers, but did not finish within {limit:.0f} s, the most that was expected."
+        self._lost(slot, WorkerLostError(why))
+
+    def _no_room(self, slot: _Slot) -> None:
+        waited = time.monotonic() - slot.since
+        for run in [run for run in self._runs if run.lane == slot.lane and run.waiting]:
+            why = f"no worker process was started within {waited:.0f} s; is there room for one?"
+            self._fail(run, WorkerLostError(f"{run.stage.name}: {why}"))

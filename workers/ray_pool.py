@@ -194,6 +194,7 @@ class _Host:
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
 
+    @ray.method(concurrency_group="signs")
     def ping(self) -> str:
         return f"{socket.gethostname()}:{os.getpid()}"
 
@@ -227,7 +228,9 @@ class _Actor:
     """A `_Host` as a `workers.dispatch.Replica`."""
 
     def __init__(self, lane: Lane) -> None:
-        self._actor: Any = ray.remote(_Host).options(**lane.options).remote()
+        # Pings have a thread of their own: a host at work still answers.
+        host = ray.remote(concurrency_groups={"signs": 1})(_Host)  # type: ignore[call-overload]
+        self._actor: Any = host.options(**lane.options).remote()
 
     def ping(self) -> Future[str]:
         return _future(self._actor.ping.remote())

@@ -275,6 +275,37 @@ def test_a_lost_device_costs_the_process_not_the_unit(ray_pool: RayPool, tmp_pat
 
 
 @pytest.mark.ray
+def test_long_work_is_no_stall_and_a_stuck_process_is(ray_session: None, tmp_path: Path) -> None:
+    import ray
+
+    from workers.ray_pool import RayPool
+
+    def free_cpus() -> float:
+        offer: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        return offer.get("CPU", 0.0)
+
+    free = free_cpus()
+    pool = RayPool(PoolSettings(kind="ray", workers=1), stall_s=2.0)
+    (slow,) = pool.run(stage(tmp_path, name="slow", sleep=3.0), units(1))
+    assert (slow.error, slow.attempts, pool.respawns) == ("", 1, 0)
+    reports = {
+        unit_of(r): r for r in pool.run(stage(tmp_path, w.HoldsTheInterpreter, poison=0, times=1), units(2))
+    }
+    assert {i: (r.error, r.attempts) for i, r in reports.items()} == {0: ("", 2), 1: ("", 1)}
+    assert pool.respawns == 1
+    open_run = pool.run(stage(tmp_path, name="open", sleep=0.01), units(50))
+    next(open_run)
+    pool.close()  # the Ray is another's and stays: no actor of ours may
+    deadline = time.monotonic() + 10
+    while free_cpus() < free and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert free_cpus() >= free
+    assert pool.respawns == 1
+    with pytest.raises(WorkerLostError, match="closed"):
+        list(open_run)
+
+
+@pytest.mark.ray
 def test_ray_shares_fairly_and_works_on_while_another_run_is_read(ray_pool: RayPool, tmp_path: Path) -> None:
     big = ray_pool.run(stage(tmp_path, name="big", sleep=0.03), units(60))
     read_big = [unit_of(next(big))]

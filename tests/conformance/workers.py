@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -66,6 +67,11 @@ class RaisesOSError(Counting):
 class LosesDevice(Counting):
     def fail(self) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+class HoldsTheInterpreter(Counting):
+    def fail(self) -> None:
+        re.match(r"(a+)+$", "a" * 60 + "b")  # exponential, and no other thread runs meanwhile
 
 
 class Dies(Counting):

@@ -50,9 +50,14 @@ class Squares:
 
 
 class Thread:
-    """A replica: a thread that takes calls in order and 'dies' of `Deadly`, or when killed."""
+    """A replica: a thread that takes calls in order and 'dies' of `Deadly`, or when killed.
 
-    def __init__(self, name: str, stillborn: str = "") -> None:
+    `deaf`: it answers no ping while it works.
+    """
+
+    def __init__(self, name: str, stillborn: str = "", deaf: bool = False) -> None:
+        self.deaf = deaf
+        self.pings = 0
         self.calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
         self.open: list[Future[Any]] = []
@@ -98,7 +103,12 @@ class Thread:
         return future
 
     def ping(self) -> Future[str]:
-        return self.call(lambda: "here")
+        self.pings += 1
+        if self.pings == 1 or self.deaf:
+            return self.call(lambda: "here")
+        answer: Future[str] = Future()
+        answer.set_result("here")
+        return answer
 
     def load(self, key: str, stage: Stage, drop: str | None) -> Future[None]:
         def work() -> None:
@@ -118,14 +128,22 @@ class Thread:
 class Floor:
     """A dispatcher with its replicas."""
 
-    def __init__(self, size: int = 2, stall_s: float = 60.0, stillborn: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        size: int = 2,
+        stall_s: float = 60.0,
+        stillborn: tuple[int, ...] = (),
+        deaf: bool = False,
+        **limits: float,
+    ) -> None:
         self.replicas: list[Thread] = []
         self.stillborn = stillborn
-        self.dispatcher = Dispatcher([("cpu", size)], self.spawn, stall_s)
+        self.deaf = deaf
+        self.dispatcher = Dispatcher([("cpu", size)], self.spawn, stall_s, **limits)
 
     def spawn(self, lane: int) -> Thread:
         n = len(self.replicas)
-        self.replicas.append(Thread(f"r{n}", "no such module" if n in self.stillborn else ""))
+        self.replicas.append(Thread(f"r{n}", "no such module" if n in self.stillborn else "", self.deaf))
         return self.replicas[-1]
 
     def run(self, worker: type[Worker], n: int, name: str = "") -> Iterator[Report]:
@@ -273,28 +291,72 @@ def test_a_failed_load_fails_every_run_that_shares_it(floors: Callable[..., Floo
     assert len(list(floor.run(Squares, 3))) == 3
 
 
-def test_a_stalled_replica_is_killed_and_the_unit_charged(floors: Callable[..., Floor]) -> None:
-    class Hangs(Squares):
-        def work(self, unit: int) -> None:
-            if unit == 1:
-                time.sleep(1.0)
+class Hangs(Squares):
+    def work(self, unit: int) -> None:
+        if unit == 1:
+            time.sleep(1.0)
 
+
+def test_a_silent_replica_is_killed_and_the_unit_charged(floors: Callable[..., Floor]) -> None:
     started = time.monotonic()
-    reports = list(floors(size=2, stall_s=0.1).run(Hangs, 6))
+    reports = list(floors(size=2, stall_s=0.1, deaf=True).run(Hangs, 6))
     assert len(reports) == 6
     assert "nothing was heard from it for" in errors(reports)["unit 1"]
     assert set(errors(reports)) == {"unit 1"}
     assert time.monotonic() - started < 0.9
 
 
-def test_slow_work_is_no_stall(floors: Callable[..., Floor]) -> None:
+def test_long_work_in_a_process_that_answers_is_no_stall(floors: Callable[..., Floor]) -> None:
+    class Slow(Squares):
+        def work(self, unit: int) -> None:
+            time.sleep(0.3)
+
+    floor = floors(size=2, stall_s=0.04)  # every unit takes seven times as long, the first included
+    reports = list(floor.run(Slow, 4))
+    assert (len(reports), errors(reports), floor.dispatcher.respawns) == (4, {}, 0)
+    assert max(replica.pings for replica in floor.replicas) > 10
+
+
+def test_what_never_ends_is_given_up_though_the_process_answers(floors: Callable[..., Floor]) -> None:
+    class Forever(Squares):
+        def work(self, unit: int) -> None:
+            time.sleep(0.9)
+
+    first = list(floors(size=1, stall_s=0.02, longest_s=0.1).run(Forever, 1))
+    assert "it answers, but did not finish" in errors(first)["unit 0"]
+
+    class Tens(Squares):
+        def work(self, unit: int) -> None:
+            time.sleep(0.9 if unit == 3 else 0.01)
+
+    after = list(floors(size=1, stall_s=0.02).run(Tens, 5))  # reports of 10 ms before it: twenty times that
+    assert set(errors(after)) == {"unit 3"}
+    assert "it answers, but did not finish" in errors(after)["unit 3"]
+
+
+def test_a_slower_unit_is_no_stall(floors: Callable[..., Floor]) -> None:
     class Slows(Squares):
         def work(self, unit: int) -> None:
             time.sleep(0.05 if unit < 2 else 0.3 if unit == 3 else 0.0)
 
     floor = floors(size=1, stall_s=0.1)
-    reports = list(floor.run(Slows, 5))  # 0.3 s is more than 0.1 s, less than ten times 0.05 s
+    reports = list(floor.run(Slows, 5))  # 0.3 s is more than 0.1 s, less than twenty times 0.05 s
     assert (len(reports), errors(reports), floor.dispatcher.respawns) == (5, {}, 0)
+
+
+def test_closing_starts_no_replica(floors: Callable[..., Floor]) -> None:
+    class Brief(Squares):
+        def work(self, unit: int) -> None:
+            time.sleep(0.01)
+
+    floor = floors(size=3)
+    reports = floor.run(Brief, 100)
+    next(reports)
+    floor.dispatcher.close()
+    assert (len(floor.replicas), floor.dispatcher.respawns) == (3, 0)
+    assert all(replica.dead for replica in floor.replicas)
+    with pytest.raises(WorkerLostError, match="closed"):
+        list(reports)
 
 
 def test_runs_take_turns(floors: Callable[..., Floor]) -> None:
@@ -338,7 +400,7 @@ def test_no_room_for_any_worker_is_said_in_time(
 ) -> None:
     monkeypatch.setattr(Thread, "ping", lambda self: Future())
     with pytest.raises(WorkerLostError, match="no worker process was started within"):
-        list(floors(size=2, stall_s=0.1).run(Squares, 3))
+        list(floors(size=2, start_s=0.1).run(Squares, 3))
 
 
 def test_what_cannot_be_sent_fails_its_run_only(
