@@ -116,3 +116,39 @@ def test_nothing_found_is_an_error(tmp_path: Path) -> None:
         expand([str(tmp_path / "*.svs")])
     with pytest.raises(SpecError, match="cannot be read as CSV"):
         expand([str(tmp_path / "absent.csv")])
+
+
+@pytest.fixture
+def outputs(folder: Path) -> Path:
+    """What a run with its `--out` among the inputs leaves there, and a store moved aside by `--fresh`."""
+    image = folder / "out" / "a-01234567"
+    for name in ("tiles.zarr", "heatmap.ome.zarr", "heatmap.ome.zarr.old-1"):
+        zarr.create_group(image / name, zarr_format=3, attributes={"gigacam": {"tiles_id": "0"}})
+    (image / "heatmap.nii.gz").write_bytes(b"")
+    (image / "overview.png").write_bytes(b"")
+    (folder / "out" / "run.json").write_text("{}")
+    return image
+
+
+def test_outputs_among_the_inputs_are_no_input(
+    folder: Path, outputs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = ["a.svs", "b.tiff", "v.nii.gz", "ct", "m.mrxs", "z.ome.zarr"]
+    assert names([str(folder)]) == inputs
+    assert names([str(folder / "**" / "*.nii.gz")]) == ["v.nii.gz"]
+    assert not caplog.messages
+    # as a shell spells out `*`, the output folder among the others
+    assert names([str(folder / "a.svs"), str(folder / "out"), str(outputs)]) == ["a.svs"]
+    assert [m.partition(":")[0] for m in caplog.messages] == [str(folder / "out"), str(outputs)]
+    for only in (str(folder / "out"), str(outputs), str(outputs / "*.png")):
+        with pytest.raises(SpecError, match="only outputs of gigacam; name such a file or store itself"):
+            expand([only])
+
+
+def test_an_output_named_itself_is_listed(outputs: Path) -> None:
+    for name in ("heatmap.ome.zarr", "overview.png"):
+        assert names([str(outputs / name)]) == [name]
+    shutil.rmtree(outputs / "tiles.zarr")
+    shutil.rmtree(outputs / "heatmap.ome.zarr")
+    shutil.rmtree(outputs / "heatmap.ome.zarr.old-1")
+    assert names([str(outputs)]) == ["heatmap.nii.gz", "overview.png"]  # without a store it is any folder

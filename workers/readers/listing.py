@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import glob
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +17,10 @@ from workers.readers.opening import PICTURE_SUFFIXES, VENDOR_SUFFIXES, companion
 
 SUFFIXES = (*VENDOR_SUFFIXES, ".tif", ".tiff", ".nii", ".nii.gz", ".npy", *PICTURE_SUFFIXES)
 COLUMNS = ("image", "mpp", "target", "spacing")
+STORES = ("tiles.zarr", "heatmap.ome.zarr")
+"""What marks the output folder of an image; nothing in such a folder is input."""
+
+log = logging.getLogger("gigacam")
 
 
 def expand(uris: Sequence[str]) -> list[ImageRequest]:
@@ -23,14 +29,20 @@ def expand(uris: Sequence[str]) -> list[ImageRequest]:
     A file, a `procedural:` URI, an OME-Zarr directory, a DICOM series and an MRXS folder are one image each.
     Any other folder is searched, deep, for images by suffix and for DICOM series. A `.csv` has a column
     `image` (paths relative to the CSV) and may have `mpp` (um), `target`, `spacing` (mm: `z y x`).
-    A path that does not exist stays in the list and fails by name when it is opened.
+    A path that does not exist stays in the list and fails by name when it is opened. What gigacam wrote is
+    left out, so that the same command resumes a run whose outputs lie among its inputs; a file or a Zarr
+    store that is named itself is listed all the same.
 
     Raises
     ------
     SpecError
-        A glob or folder without any image, or a CSV that does not hold what it should.
+        A glob or folder without any image, nothing but outputs, or a CSV that does not hold what it should.
     """
-    return [image for uri in uris for image in _expand(uri)]
+    images = [image for uri in uris for image in _expand(uri)]
+    if uris and not images:
+        msg = f"{', '.join(uris)}: only outputs of gigacam; name such a file or store itself to explain it"
+        raise SpecError(msg)
+    return images
 
 
 def _expand(uri: str) -> Iterator[ImageRequest]:
@@ -38,8 +50,10 @@ def _expand(uri: str) -> Iterator[ImageRequest]:
     if uri.startswith("procedural:") or ("://" in uri and not uri.startswith("file://")):
         yield ImageRequest(uri=uri)
     elif path.is_dir():
-        found = list(_folder(path))
-        if not found:
+        found = list(_folder(path, named=True))
+        if not found and any(is_output(p) for p in (path, *path.rglob("*"))):
+            log.warning("%s: holds only what gigacam wrote; left out", path)
+        elif not found:
             msg = f"{path}: a folder without any image; expected slides, volumes, DICOM series or OME-Zarr in it"
             raise SpecError(msg)
         yield from found
@@ -51,15 +65,18 @@ def _expand(uri: str) -> Iterator[ImageRequest]:
             msg = f"{uri}: no file or folder matches this pattern; quote it if the shell has changed it"
             raise SpecError(msg)
         for match in matches:
-            yield from _expand(match)
+            if not any(is_output(p) for p in (Path(match), *Path(match).parents)):
+                yield from _expand(match)
     else:
         yield ImageRequest(uri=str(path))
 
 
-def _folder(folder: Path) -> Iterator[ImageRequest]:
+def _folder(folder: Path, named: bool = False) -> Iterator[ImageRequest]:
     from workers.readers.dicom import grouped
     from workers.readers.ngff import is_zarr
 
+    if is_output(folder) and not (named and is_zarr(folder)):
+        return
     if is_zarr(folder) or companion_slide(folder):
         yield ImageRequest(uri=str(companion_slide(folder) or folder))
         return
@@ -76,6 +93,19 @@ def _folder(folder: Path) -> Iterator[ImageRequest]:
         elif companion_slide(entry) is None:
             # an .mrxs file is listed itself; its companion folder would be the same image again
             yield from _folder(entry)
+
+
+def is_output(folder: Path) -> bool:
+    """Whether a folder is a store that gigacam wrote, or the output folder of an image with such a store."""
+    return any(_has_ledger(store) for store in (folder, *(folder / name for name in STORES)))
+
+
+def _has_ledger(store: Path) -> bool:
+    try:
+        meta = json.loads((store / "zarr.json").read_bytes())
+        return "gigacam" in meta["attributes"]
+    except (OSError, ValueError, LookupError, TypeError):  # no Zarr group, or one that says nothing of us
+        return False
 
 
 def is_image_file(path: Path) -> bool:
