@@ -15,7 +15,6 @@ import platform
 import resource
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections import deque
@@ -35,11 +34,11 @@ WIDTHS = [32, 64, 128, 256]
 def write_inputs(folder: Path, size: int) -> tuple[str, str]:
     """Make a pyramidal JPEG slide and a ResNet-18-like network with fixed random weights."""
     import torch
-    from monai.networks.nets import ResNet
     from safetensors.torch import save_file
 
     from schemas.model import CamLayer, InputSpec, ModelCard, NetworkSpec, OutputSpec
     from workers.models.card import write_card
+    from workers.models.networks import monai_network
     from workers.synthetic.slides import write_slide
 
     slide = folder / f"slide{size}.tiff"
@@ -56,7 +55,7 @@ def write_inputs(folder: Path, size: int) -> tuple[str, str]:
         "conv1_t_stride": 2,
     }
     torch.manual_seed(0)
-    save_file(ResNet(**args).state_dict(), folder / "weights.safetensors")
+    save_file(monai_network("ResNet", args).state_dict(), folder / "weights.safetensors")
     sha256 = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
     card = ModelCard(
         schema=1,
@@ -114,7 +113,7 @@ def path(
     from schemas.run import ExplainRequest, PoolSettings
 
     request = ExplainRequest(images=(slide,), model=model, out=out, overlap=overlap, batch=BATCH)
-    settings = PoolSettings(kind=kind, workers=workers, threads=threads)  # type: ignore[arg-type]
+    settings = PoolSettings(kind=kind, workers=workers, threads=threads)
     startup = 0.0
     if kind == "serial":
         from flows.batch import explain_batch
@@ -283,4 +282,4 @@ def report(rounds: list[dict[str, Any]], tiles: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -23,7 +23,8 @@ class PooledChannels(nn.Module):
         self.pool = (nn.AvgPool2d, nn.AvgPool3d)[ndim - 2](cell)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pool(x).flatten(2).sum(2)
+        pooled: Tensor = self.pool(x)
+        return pooled.flatten(2).sum(2)
 
 
 def pooled_channels(cell: int, ndim: int = 2) -> nn.Module:
@@ -39,7 +40,8 @@ class ConstantMap(nn.Module):
         self.ones = nn.Hardtanh(1.0, 1.0 + 1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ones(self.pool(x)).flatten(2).sum(2)[:, :2]
+        ones: Tensor = self.ones(self.pool(x))
+        return ones.flatten(2).sum(2)[:, :2]
 
 
 def constant_map() -> nn.Module:

@@ -68,7 +68,9 @@ def test_a_run_keeps_what_an_earlier_one_said_of_other_images(card: str, tmp_pat
 
 def test_a_heatmap_never_outlives_its_tiles(card: str, tmp_path: Path) -> None:
     first = explain(SLIDE, card, tmp_path / "out", tissue="none", heatmap=HeatmapSpec(downsample=8))
-    HeatmapStore.open(heatmap_of(first).path, "r+").image(0)[:] = 7.0  # what a stale block would go on showing
+    HeatmapStore.open(heatmap_of(first).path, "r+").image(0)[:] = (
+        7.0  # what a stale block would go on showing
+    )
     shutil.rmtree(Path(first.images[0].output) / "tiles.zarr")
     again = explain(SLIDE, card, tmp_path / "out", tissue="none", heatmap=HeatmapSpec(downsample=8))
     assert again.images[0].provenance["tiles_this_run"] == first.images[0].provenance["tiles_this_run"] > 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from schemas.grid import GridSpec, TissueSpec
+from schemas.grid import GridSpec, Lattice, TissueSpec
 from schemas.image import LevelMeta
 from workers.tiling.plan import make_plan
 from workers.tiling.positions import make_lattice
 
 
-def lattice_of(side: int, tile: int):
+def lattice_of(side: int, tile: int) -> Lattice:
     grid = GridSpec(tile_px=(tile, tile), spacing=(1.0, 1.0))
     return make_lattice("s", (LevelMeta(shape=(side, side), downsample=(1.0, 1.0)),), (1.0, 1.0), grid)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.errors import SpecError
-from schemas.grid import GridSpec
+from schemas.grid import GridSpec, Lattice
 from schemas.image import LevelMeta
 from workers.tiling.positions import all_indices, boxes, make_lattice
 from workers.tiling.touching import tiles_touching
@@ -21,7 +23,9 @@ def levels(shape: tuple[int, ...], *downsamples: float) -> tuple[LevelMeta, ...]
     )
 
 
-def lattice_of(shape: tuple[int, ...], tile: int, overlap: float, edge: str = "shift"):
+def lattice_of(
+    shape: tuple[int, ...], tile: int, overlap: float, edge: Literal["shift", "pad"] = "shift"
+) -> Lattice:
     n = len(shape)
     grid = GridSpec(tile_px=(tile,) * n, spacing=(1.0,) * n, overlap=overlap, edge=edge)
     return make_lattice("image", levels(shape), (1.0,) * n, grid)
@@ -34,7 +38,7 @@ def lattice_of(shape: tuple[int, ...], tile: int, overlap: float, edge: str = "s
     edge=st.sampled_from(["shift", "pad"]),
 )
 def test_every_pixel_is_in_a_tile_and_none_is_wasted(
-    shape: tuple[int, ...], tile: int, overlap: float, edge: str
+    shape: tuple[int, ...], tile: int, overlap: float, edge: Literal["shift", "pad"]
 ) -> None:
     lattice = lattice_of(shape, tile, overlap, edge)
     found = boxes(lattice, all_indices(lattice))
