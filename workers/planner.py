@@ -31,7 +31,8 @@ from workers.models.card import load_card
 from workers.models.facts import model_facts, retarget
 from workers.provenance import keep_rate, last_rate, versions
 from workers.readers import open_image
-from workers.readers.overview import read_mask, read_overview
+from workers.readers.masks import load_mask, read_mask
+from workers.readers.overview import read_overview
 from workers.readers.reader import Reader
 from workers.readers.regions import read_polygons
 from workers.stitching.grid import heatmap_grid
@@ -93,7 +94,7 @@ def _check_places(request: ExplainRequest, ndim: int) -> None:
         read_polygons(request.region)
     if request.mask:
         try:
-            read_mask(request.mask, ndim)
+            load_mask(request.mask, ndim)
         except SourceError as error:
             msg = f"--mask {error}"
             raise SpecError(msg) from error
@@ -157,7 +158,7 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
     downsample: tuple[float, ...] = (1.0,) * meta.ndim
     method, fraction = "every tile", 1.0
     if request.mask:
-        mask, sha256 = read_mask(request.mask, meta.ndim)
+        mask, sha256 = read_mask(request.mask, meta)
         downsample = tuple(n / m for n, m in zip(meta.shape_l0, mask.shape, strict=True))
         grid = grid.model_copy(update={"mask_sha256": sha256})
         method, fraction = f"mask {Path(request.mask).name}", float(mask.mean())

@@ -1,4 +1,4 @@
-"""Overviews: exact frame, bounded memory, damaged parts told apart; masks from files."""
+"""Overviews: exact frame, bounded memory, damaged parts told apart."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
 from schemas.errors import SourceError
 from schemas.geometry import Box
 from schemas.image import WHOLE_IMAGE_LIMIT_PX, ImageMeta
 from workers.readers import open_image
-from workers.readers.overview import choose_level, overview_downsample, read_mask, read_overview
+from workers.readers.overview import choose_level, overview_downsample, read_overview
 from workers.readers.reader import Reader
 
 DATA = Path(__file__).parents[1] / "data"
@@ -143,18 +142,3 @@ def test_a_last_partial_pixel_shows_the_image_not_the_background() -> None:
     pixels, _, _ = read_overview(open_image(uri), spacing=(8.0, 8.0))
     assert pixels.shape == (3, 63, 63)
     assert [np.unique(c).size for c in pixels] == [1, 1, 1]
-
-
-def test_masks_from_files(tmp_path: Path) -> None:
-    drawn = np.zeros((30, 40), np.uint8)
-    drawn[5:9, 10:20] = 1
-    Image.fromarray(drawn).save(tmp_path / "m.png")
-    np.save(tmp_path / "m.npy", drawn.astype(bool))
-    for name in ("m.png", "m.npy"):
-        mask, sha256 = read_mask(str(tmp_path / name), 2)
-        assert np.array_equal(mask, drawn.astype(bool))
-        assert len(sha256) == 64
-    labels, _ = read_mask(str(DATA / "totalseg_ct_3mm_slab30_labels.nii.gz"), 3)
-    assert labels.shape == open_image(str(DATA / "totalseg_ct_3mm_slab30.nii.gz")).meta.shape_l0
-    with pytest.raises(SourceError, match="a mask of 3 axes; expected 2"):
-        read_mask(str(DATA / "totalseg_ct_3mm_slab30_labels.nii.gz"), 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import SourceError
 from schemas.geometry import Box
-from schemas.image import ImageMeta, ReadOptions
-from workers.readers.identity import file_identity
-from workers.readers.opening import open_image
+from schemas.image import ImageMeta
 from workers.readers.reader import Reader
 
 OVERVIEW_PX = 4_000_000
@@ -157,32 +154,3 @@ def _read_block(
             pixels[tuple(edge)] = pixels[tuple(inner)]
     out[(slice(None), *window)] = pixels
     yield window, None
-
-
-def read_mask(path: str, ndim: int) -> tuple[NDArray[np.bool_], str]:
-    """Read a user's mask file whole: a picture, TIFF or `.npy` for slides, NIfTI or `.npy` for volumes.
-
-    Returns
-    -------
-    mask
-        `(y, x)` or `(z, y, x)` (RAS order): True where a pixel is not 0; its frame is stretched over the image.
-    sha256
-        Identity of the file.
-
-    Raises
-    ------
-    SourceError
-        Unreadable, or of another number of axes.
-    """
-    # Its own pixel size is of no matter: a mask spans the image it is for.
-    reader = open_image(path, ReadOptions(mpp_um=1.0, spacing_mm=(1.0, 1.0, 1.0)))
-    try:
-        meta = reader.meta
-        if meta.ndim != ndim:
-            msg = f"{path}: a mask of {meta.ndim} axes; expected {ndim}, as the image has"
-            raise SourceError(msg)
-        box = Box(frame="l0", start=(0,) * ndim, stop=meta.shape_l0)
-        pixels, _ = reader.read(box, meta.shape_l0, 0)
-    finally:
-        reader.close()
-    return (pixels != 0).any(axis=0), file_identity(Path(path))
