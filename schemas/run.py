@@ -36,7 +36,8 @@ class TilesSpec(Frozen):
 
     @property
     def tiles_id(self) -> str:
-        return digest(self)
+        # `spacing` is what was used, whoever said it.
+        return digest(self.model_dump(mode="json", exclude={"read": {"mpp_um", "spacing_mm"}}))
 
     def run_id(self, heatmap: HeatmapSpec) -> str:
         """Digest of this and of how the tile maps are stitched."""

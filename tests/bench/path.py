@@ -106,34 +106,35 @@ def bare(slide: str, model: str, boxes: str, threads: int, part: int, parts: int
     return {"seconds": time.perf_counter() - began, "tiles": float(len(mine))}
 
 
+class Silent:
+    """A listener that draws nothing."""
+
+    def __call__(self, event: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def path(
     slide: str, model: str, out: str, kind: str, workers: int, threads: int, overlap: float
 ) -> dict[str, Any]:
     """The whole path; `through` Prefect and Ray, or serial and direct. Start-up of Ray and Prefect is apart."""
+    from flows.batch import explain_batch
+    from flows.server import recorded
     from schemas.run import ExplainRequest, PoolSettings
 
     request = ExplainRequest(images=(slide,), model=model, out=out, overlap=overlap, batch=BATCH)
     settings = PoolSettings(kind=kind, workers=workers, threads=threads)
     startup = 0.0
+    began = time.perf_counter()
     if kind == "serial":
-        from flows.batch import explain_batch
-        from flows.progress import Event
-
-        def ignore(event: Event) -> None: ...
-
-        began = time.perf_counter()
-        report = explain_batch(request, settings, ignore)
+        report = explain_batch(request, settings, Silent())
+        seconds = time.perf_counter() - began
     else:
-        from flows.explain import explain, heartbeat
-        from workers.ray_pool import start_ray
-
-        began = time.perf_counter()
-        heartbeat()
-        start_ray(cpus=max(2, workers * threads))
-        startup = time.perf_counter() - began
-        began = time.perf_counter()
-        report = explain(request, settings)
-    seconds = time.perf_counter() - began
+        with recorded(Silent(), settings) as run:
+            startup = time.perf_counter() - began
+            began = time.perf_counter()
+            report = run(request, settings)
+            seconds = time.perf_counter() - began
     image = report.images[0]
     assert image.status == "complete", image.error
     assert image.counts is not None

@@ -75,6 +75,7 @@ def test_equal_requests_have_equal_ids_and_every_field_counts() -> None:
         spec(grid=GridSpec(tile_px=(224, 224), spacing=(0.5, 0.5), overlap=0.5)),
     ]
     assert len({s.tiles_id for s in [spec(), *changed]}) == 1 + len(changed)
+    assert spec(read=ReadOptions(mpp_um=0.5)).tiles_id == spec().tiles_id
     flat, hann = (spec().run_id(HeatmapSpec(importance=i, downsample=8)) for i in ("flat", "hann"))
     assert flat != hann
 
