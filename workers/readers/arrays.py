@@ -185,7 +185,7 @@ def open_npy(path: Path, options: ReadOptions) -> ArrayReader:
     """Open a `.npy` file, mapped, not loaded."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # of many types where the header, which is Python, is damaged
         msg = f"{path}: not a readable .npy array ({error}); save it again with numpy.save"
         raise SourceError(msg) from error
     return array_reader(array, options, uri=str(path), identity=file_identity(path), format_="npy")
@@ -223,7 +223,9 @@ def open_picture(path: Path, options: ReadOptions) -> ArrayReader:
                 pixels = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
             else:
                 pixels = np.asarray(picture.convert("L" if grey else "RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except SourceError:
+        raise
+    except Exception as error:  # Pillow raises many types on a damaged picture
         msg = (
             f"{path}: not a readable picture ({error}); copy it again from its source, or convert it to TIFF"
         )

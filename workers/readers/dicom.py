@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.errors import InvalidDicomError
 
 from schemas.errors import SourceError
 from schemas.image import WHOLE_IMAGE_LIMIT_PX, ReadOptions, stem_of
@@ -57,21 +56,21 @@ def instances(paths: Iterable[Path]) -> list[Instance]:
             or not is_dicom(path)
         ):
             continue
-        try:
+        try:  # a value is parsed when it is asked for
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
-        except (InvalidDicomError, OSError, EOFError, ValueError) as error:
+            if "SeriesInstanceUID" in header and "SOPClassUID" in header:
+                found.append(
+                    Instance(
+                        path,
+                        str(header.SOPClassUID),
+                        str(header.get("SOPInstanceUID", "")),
+                        str(header.SeriesInstanceUID),
+                        "\\".join(header.get("ImageType") or ()),
+                    )
+                )
+        except Exception as error:  # pydicom raises many types on a damaged header
             msg = f"{path}: its DICOM header cannot be read ({error}); copy it again from its source"
             raise SourceError(msg) from error
-        if "SeriesInstanceUID" in header and "SOPClassUID" in header:
-            found.append(
-                Instance(
-                    path,
-                    str(header.SOPClassUID),
-                    str(header.get("SOPInstanceUID", "")),
-                    str(header.SeriesInstanceUID),
-                    "\\".join(header.get("ImageType") or ()),
-                )
-            )
     return found
 
 
@@ -131,15 +130,9 @@ def open_series(path: Path, series: list[Instance], options: ReadOptions) -> Arr
     try:
         slices = [pydicom.dcmread(i.path) for i in series]
         return _stack(path, series, slices, options)
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-        OSError,
-    ) as error:
+    except SourceError:
+        raise
+    except Exception as error:  # pydicom and its codecs raise many types on damaged data
         msg = f"{path}: the DICOM series cannot be read as a volume ({error}); convert it to NIfTI, for example with dcm2niix"
         raise SourceError(msg) from error
 

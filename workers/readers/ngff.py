@@ -38,17 +38,35 @@ def open_zarr(folder: Path, options: ReadOptions) -> ArrayReader:
         raise SourceError(msg) from error
     if isinstance(node, zarr.Array):
         return _plain(folder, node, options)
-    attributes = _image_attributes(node)
-    if attributes is None and "0" in node and isinstance(node["0"], zarr.Group):
-        node = node["0"]  # bioformats2raw's layout: a group of images
-        attributes = _image_attributes(node)
-    if attributes is None:
-        msg = f"{folder}: a Zarr group without OME-Zarr 'multiscales'; expected an OME-Zarr 0.4 or 0.5 image"
-        raise SourceError(msg)
     try:
+        attributes = _image_attributes(node)
+        if attributes is None and "0" in node and isinstance(node["0"], zarr.Group):
+            node = node["0"]  # bioformats2raw's layout: a group of images
+            attributes = _image_attributes(node)
+        if attributes is None:
+            msg = f"{folder}: a Zarr group without OME-Zarr 'multiscales'; expected an OME-Zarr 0.4 or 0.5 image"
+            raise SourceError(msg)
         return _multiscale(folder, node, attributes, options)
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+    except SourceError:
+        raise
+    except Exception as error:  # whatever a missing or misplaced value leads to
         msg = f"{folder}: its OME-Zarr metadata are incomplete ({type(error).__name__}: {error}); check them with a validator"
+        raise SourceError(msg) from error
+
+
+def _sliced(uri: str, level: int, array: Any, index: tuple[Any, ...]) -> NDArray[Any]:
+    try:
+        return np.asarray(array[index])
+    except Exception as error:  # codecs raise many types on a damaged chunk
+        where = ", ".join(
+            f"{i.start}:{i.stop}"
+            if isinstance(i, slice) and i.stop
+            else "all"
+            if isinstance(i, slice)
+            else str(i)
+            for i in index
+        )
+        msg = f"{uri}: level {level} cannot be read at [{where}] ({error}); a chunk is damaged or missing its codec"
         raise SourceError(msg) from error
 
 
@@ -63,7 +81,7 @@ def _image_attributes(group: zarr.Group) -> dict[str, Any] | None:
 
 def _plain(folder: Path, array: zarr.Array[Any], options: ReadOptions) -> ArrayReader:
     if math.prod(array.shape) <= WHOLE_IMAGE_LIMIT_PX:
-        whole = np.asarray(array[...])
+        whole = _sliced(str(folder), 0, array, (slice(None),) * array.ndim)
         return array_reader(whole, options, uri=str(folder), identity=folder_identity(folder), format_="zarr")
     # A view with the array's shape and type tells the axes without reading it.
     stand_in = np.broadcast_to(np.zeros((), dtype=array.dtype), array.shape)
@@ -72,9 +90,11 @@ def _plain(folder: Path, array: zarr.Array[Any], options: ReadOptions) -> ArrayR
     first = not last and len(array.shape) == viewed.ndim
 
     def take(level: int, window: tuple[slice, ...]) -> NDArray[Any]:
+        index = (*window, slice(None)) if last else (slice(None), *window) if first else window
+        pixels = _sliced(str(folder), level, array, index)
         if last:
-            return np.moveaxis(np.asarray(array[(*window, slice(None))]), -1, 0)
-        return np.asarray(array[(slice(None), *window)]) if first else np.asarray(array[window])[None]
+            return np.moveaxis(pixels, -1, 0)
+        return pixels if first else pixels[None]
 
     meta = array_meta(
         uri=str(folder),
@@ -144,11 +164,7 @@ def _multiscale(
                 index.append(slice(None) if channel is None else slice(channel, channel + 1))
             else:
                 index.append(where.get(name, 0))
-        try:
-            pixels = np.asarray(arrays[level][tuple(index)])
-        except Exception as error:  # codecs raise many types on a damaged chunk
-            msg = f"{uri}: level {level} cannot be read at {window} ({error}); a chunk is damaged or missing its codec"
-            raise SourceError(msg) from error
+        pixels = _sliced(uri, level, arrays[level], tuple(index))
         kept = [n for n in names if n == "c" or n in spatial]
         wanted = (["c"] if "c" in kept else []) + list(spatial)
         pixels = np.transpose(pixels, [kept.index(n) for n in wanted])

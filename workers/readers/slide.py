@@ -66,7 +66,7 @@ class SlideReader:
             slide = self._open()
             properties = dict(slide.properties)
             sizes, downsamples = slide.level_dimensions, slide.level_downsamples
-        except OpenSlideError as error:
+        except (OpenSlideError, KeyError, ValueError) as error:  # a property lost, or one that is no text
             self.close()
             if "compression" in str(error).lower():
                 raise CompressionRefused(str(error)) from error

@@ -42,7 +42,7 @@ def beyond_openslide(path: Path) -> bool:
         with tifffile.TiffFile(path) as file:
             page = file.pages.first
             return bool(file.is_ome or page.bitspersample != 8)
-    except (tifffile.TiffFileError, ValueError, IndexError, OSError):
+    except Exception:  # of many types where the file is damaged; who opens it says so
         return False
 
 
@@ -70,9 +70,11 @@ class TiffReader:
         self._alpha = False
         try:
             self.meta: ImageMeta = self._probe()
-        except BaseException:
+        except SourceError:
             self.close()
             raise
+        except Exception as error:  # tifffile and codecs raise many types on a damaged file
+            raise self._problem(error) from error
 
     def read(
         self, box_l0: Box, shape_px: tuple[int, ...], level: int
@@ -110,12 +112,9 @@ class TiffReader:
         )
 
     def _probe(self) -> ImageMeta:
-        try:
-            series = self._open()
-            page = series.keyframe
-            flavour = next((f for f in SCANNERS if getattr(self._file, f"is_{f}")), "")
-        except Exception as error:  # tifffile and codecs raise many types on a damaged file
-            raise self._problem(error) from error
+        series = self._open()
+        page = series.keyframe
+        flavour = next((f for f in SCANNERS if getattr(self._file, f"is_{f}")), "")
         if flavour and not self._refusal:
             msg = f"{self._path}: claims to be {flavour.upper()}, but OpenSlide does not recognise it: truncated or damaged; copy it again from its source"
             raise SourceError(msg)

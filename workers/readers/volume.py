@@ -151,7 +151,9 @@ def open_nifti(path: Path, options: ReadOptions) -> ArrayReader:
             where="nifti header",
             notes=("spatial unit not stated; taken as mm",) if units == "unknown" else (),
         )
-    except (OSError, EOFError, ValueError) as error:
+    except SourceError:
+        raise
+    except Exception as error:  # gzip, zlib and struct have types of their own for damaged data
         msg = f"{path}: its voxels cannot be read ({error}); the file is truncated or damaged"
         raise SourceError(msg) from error
 
