@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
+# The small networks of the tests gain nothing from a second thread, and several processes may share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A slow machine is no failure: examples are bounded by number, not by time.
 settings.register_profile("gigacam", deadline=None)
 settings.load_profile("gigacam")
@@ -16,7 +19,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
 
+SERVICES = {"ray_session", "prefect_session"}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        # Under xdist: one process has the session's Ray and Prefect server, and a file's fixtures are made once.
+        shared = SERVICES.intersection(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("services" if shared else item.path.name))
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import SpecError
@@ -31,9 +31,10 @@ def lattice_of(
     return make_lattice("image", levels(shape), (1.0,) * n, grid)
 
 
+@settings(max_examples=50)
 @given(
-    shape=st.lists(st.integers(1, 90), min_size=2, max_size=3).map(tuple),
-    tile=st.integers(1, 40),
+    shape=st.lists(st.integers(1, 50), min_size=2, max_size=3).map(tuple),
+    tile=st.integers(4, 40),
     overlap=st.floats(0, 0.9),
     edge=st.sampled_from(["shift", "pad"]),
 )
