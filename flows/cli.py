@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -14,6 +13,41 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from flows.options import (
+    Address,
+    AsJson,
+    Batch,
+    CellCentres,
+    Channel,
+    Direct,
+    Downsample,
+    Edge,
+    ImageIdStyle,
+    Images,
+    Importance,
+    Layer,
+    Mask,
+    Methods,
+    ModelCardPath,
+    Mpp,
+    Out,
+    Overlap,
+    PoolKind,
+    Region,
+    Spacing,
+    Targets,
+    Threads,
+    Tile,
+    TimePoint,
+    Tissue,
+    Unit,
+    Upsampling,
+    WorkerCount,
+    explain_request,
+    pool_settings,
+    read_options,
+    words,
+)
 from schemas.errors import GigacamError, ModelError, SourceError, SpecError
 
 if TYPE_CHECKING:
@@ -29,125 +63,6 @@ app = typer.Typer(
 
 EXIT_OK, EXIT_INCOMPLETE, EXIT_WRONG_REQUEST, EXIT_INTERRUPTED = 0, 1, 2, 130
 
-Images = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="IMAGE...",
-        help="File, folder, glob (quoted), .csv (column image; may have mpp, target, spacing), or procedural:...",
-        show_default=False,
-    ),
-]
-ModelCardPath = Annotated[str, typer.Option("--model", help="Model card (model.toml).")]
-Out = Annotated[str, typer.Option("--out", help="Folder for the results; made if absent.")]
-Methods = Annotated[
-    str, typer.Option("--method", help="CAM methods, comma separated; gigacam methods lists them.")
-]
-Targets = Annotated[
-    str,
-    typer.Option(
-        "--target",
-        help="What to explain: class names, indices, predicted or all; comma separated. Default: the card's "
-        "default_target, else all where there are at most 8 classes.",
-    ),
-]
-Mpp = Annotated[
-    float | None, typer.Option("--mpp", help="Slide pixel size in um at level 0. Default: the file's.")
-]
-Spacing = Annotated[
-    str, typer.Option("--spacing", help="Voxel size in mm, one number or z,y,x (RAS). Default: the file's.")
-]
-Channel = Annotated[
-    int | None,
-    typer.Option("--channel", help="Index on the channel axis of a volume. Default: its only one."),
-]
-TimePoint = Annotated[
-    int | None, typer.Option("--time", help="Index on the time axis of a volume. Default: its only one.")
-]
-Layer = Annotated[str, typer.Option("--layer", help="Layer to explain, by module name. Default: the card's.")]
-Tile = Annotated[
-    str, typer.Option("--tile", help="Tile size in model px, one number, y,x or z,y,x. Default: the card's.")
-]
-Overlap = Annotated[
-    float, typer.Option("--overlap", help="Fraction of a tile its neighbour shares, 0 to <1.")
-]
-Edge = Annotated[
-    str,
-    typer.Option(
-        "--edge", help="Last tile of an axis: shift (moved inward) or pad (reaches past the image)."
-    ),
-]
-Tissue = Annotated[
-    str, typer.Option("--tissue", help="auto (tiles on tissue; volumes: on foreground) or none (every tile).")
-]
-Region = Annotated[
-    str,
-    typer.Option(
-        "--region", help="GeoJSON polygons in level-0 px: only tiles that meet one. Default: the whole image."
-    ),
-]
-Mask = Annotated[
-    str,
-    typer.Option(
-        "--mask",
-        help="Image over the whole slide or volume; where it is not 0 takes the place of the tissue mask. "
-        "Default: none.",
-    ),
-]
-Batch = Annotated[int, typer.Option("--batch", help="Tiles the device computes at once.")]
-Unit = Annotated[
-    int | None, typer.Option("--unit", help="Tiles a task, the step of resume. Default: 256; volumes 8.")
-]
-Importance = Annotated[
-    str, typer.Option("--importance", help="Weight of a tile where tiles overlap: flat, hann or gaussian.")
-]
-Downsample = Annotated[
-    int | None,
-    typer.Option(
-        "--downsample",
-        help="Level-0 px a heatmap px. Default: the largest power of two within half a CAM cell; volumes of up "
-        "to 64 million voxels 1.",
-    ),
-]
-CellCentres = Annotated[
-    str,
-    typer.Option(
-        "--cell-centres",
-        help="Where CAM cells lie: receptive_field (measured through the network) or grid (regular over the tile).",
-    ),
-]
-Upsampling = Annotated[
-    bool,
-    typer.Option(
-        "--allow-upsampling", help="Read more than 1.25 times finer than the source. Default: refused."
-    ),
-]
-PoolKind = Annotated[
-    str,
-    typer.Option(
-        "--pool", help="Where the work runs: serial (this process), ray, or auto (ray for several images)."
-    ),
-]
-Address = Annotated[
-    str, typer.Option("--ray-address", help="Ray cluster to join. Default: RAY_ADDRESS, else a local one.")
-]
-WorkerCount = Annotated[
-    int | None, typer.Option("--workers", help="Ray actors. Default: one a GPU, or one a CPU without GPUs.")
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", help="torch threads a worker. Default: 1 for a Ray actor, all cores in serial."
-    ),
-]
-ImageIdStyle = Annotated[
-    str, typer.Option("--image-id", help="Name of an image's folder: stem (file name and digest) or hash.")
-]
-AsJson = Annotated[
-    bool,
-    typer.Option("--json", help="One JSON document on standard output; messages go to standard error."),
-]
-Direct = Annotated[bool, typer.Option("--direct", help="Run without Prefect.")]
-
 
 @app.command()
 def inspect(image: Images, mpp: Mpp = None, spacing: Spacing = "", channel: Channel = None,
@@ -155,7 +70,7 @@ def inspect(image: Images, mpp: Mpp = None, spacing: Spacing = "", channel: Chan
     """Print what the readers know of an image: size, levels, pixel size and where it was read, identity."""
     from workers.readers import expand, open_image
 
-    read = _read_options(mpp, spacing, channel, time)
+    read = read_options(mpp, spacing, channel, time)
     failed = False
     documents = []
     for request in expand(image):
@@ -188,11 +103,11 @@ def plan(image: Images, model: ModelCardPath, out: Out = "out", method: Methods 
          measure: Annotated[bool, typer.Option("--measure", help="Run one batch to estimate the time; writes no output.")] = False,
          as_json: AsJson = False) -> None:  # fmt: skip
     """Print tiles, units, bytes, memory and estimated time; compute nothing."""
-    request = _request(locals())
+    request = explain_request(locals())
     from flows.batch import list_images
     from workers.planner import measure_rate, open_model, plan_image, summarise
 
-    settings = _pool("serial", "", workers, None)
+    settings = pool_settings("serial", "", workers, None)
     images = list_images(request)
     loaded = open_model(request)
     failed = False
@@ -233,8 +148,8 @@ def explain(image: Images, model: ModelCardPath, out: Out, method: Methods = "gr
             strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that is not complete.")] = False,
             image_id: ImageIdStyle = "stem", as_json: AsJson = False) -> None:  # fmt: skip
     """Explain images: tiles, class activation maps, stitched heatmap pyramids."""
-    request = _request(locals())
-    settings = _pool(pool, ray_address, workers, threads)
+    request = explain_request(locals())
+    settings = pool_settings(pool, ray_address, workers, threads)
     try:
         _run(request, settings, direct, as_json)
     except KeyboardInterrupt:
@@ -271,8 +186,8 @@ def demo(
     direct: Direct = False,
 ) -> None:
     """Make a slide and a volume, train two small networks, explain both, and measure the maps."""
-    settings = _pool(pool, "", workers, threads)
-    names = _words(methods)
+    settings = pool_settings(pool, "", workers, threads)
+    names = words(methods)
     _check_demo(names, slide)
     from flows.demo import run_demo
 
@@ -379,106 +294,6 @@ def _with_threads(settings: PoolSettings) -> PoolSettings:
         return settings
     threads = (os.cpu_count() or 1) if settings.kind == "serial" else 1
     return settings.model_copy(update={"threads": threads})
-
-
-def _request(flags: dict[str, Any]) -> ExplainRequest:
-    from pydantic import ValidationError
-
-    from schemas.run import ExplainRequest
-
-    if not _words(flags["method"]):
-        msg = f"--method {flags['method']!r}: names no method; gigacam methods lists them"
-        raise SpecError(msg)
-    heatmap = {k: flags[k] for k in ("importance", "downsample") if flags[k] != _DEFAULTS[k]}
-    values: dict[str, Any] = {
-        "images": tuple(flags["image"]),
-        "model": flags["model"],
-        "out": flags["out"],
-        "methods": _words(flags["method"]),
-        "targets": _words(flags["target"]),
-        "tile": _tile(flags["tile"]),
-        "read": _read_options(flags["mpp"], flags["spacing"], flags["channel"], flags["time"]),
-        "heatmap": heatmap,
-    }
-    for name, value in flags.items():
-        if name in ExplainRequest.model_fields and name not in values and value != _DEFAULTS.get(name, value):
-            values[name] = value
-    values = {name: value for name, value in values.items() if value not in ((), None, {})}
-    try:
-        return ExplainRequest.model_validate(values)
-    except ValidationError as error:
-        raise SpecError(_flag_errors(error)) from error
-
-
-_DEFAULTS: dict[str, Any] = {
-    "importance": "hann", "downsample": None, "layer": "", "overlap": 0.0, "edge": "shift", "tissue": "auto",
-    "region": "", "mask": "", "batch": 32, "unit": None, "cell_centres": "receptive_field",
-    "allow_upsampling": False, "fresh": False, "retry_failed": False, "strict": False, "image_id": "stem",
-}  # fmt: skip
-"""Flag defaults: a value equal to its default is not passed on, so that `plan` can tell what was given."""
-
-
-_FLAGS = {"kind": "pool", "address": "ray-address"}
-"""Fields whose flag has another name."""
-
-
-def _flag_errors(error: Any) -> str:
-    lines = []
-    for item in error.errors():
-        name = [part for part in item["loc"] if isinstance(part, str)][-1]
-        flag = "--" + _FLAGS.get(name, name).replace("_", "-")
-        lines.append(f"{flag} {item['input']}: {item['msg'].replace('Input should be', 'expected')}")
-    return "; ".join(lines)
-
-
-def _pool(kind: str, address: str, workers: int | None, threads: int | None) -> PoolSettings:
-    from pydantic import ValidationError
-
-    from schemas.run import PoolSettings
-
-    try:
-        return PoolSettings(kind=kind, address=address, workers=workers, threads=threads)
-    except ValidationError as error:
-        raise SpecError(_flag_errors(error)) from error
-
-
-def _read_options(mpp: float | None, spacing: str, channel: int | None, time: int | None) -> Any:
-    from schemas.image import MPP_EXPLICIT_UM, ReadOptions
-
-    low, high = MPP_EXPLICIT_UM
-    if mpp is not None and not low <= mpp <= high:
-        msg = f"--mpp {mpp:g}: expected a pixel size of {low} to {high} um; check the unit"
-        raise SpecError(msg)
-    values = None
-    if spacing:
-        values = _numbers(spacing, "--spacing")
-        values = values * 3 if len(values) == 1 else values
-        if len(values) != 3 or not all(0 < value < math.inf for value in values):
-            msg = f"--spacing {spacing}: expected one number above 0, or three as z,y,x, in mm"
-            raise SpecError(msg)
-    return ReadOptions(mpp_um=mpp, spacing_mm=values, channel=channel, time=time)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def _tile(text: str) -> tuple[int, ...] | None:
-    if not text:
-        return None
-    sizes = _numbers(text, "--tile")
-    if not all(size.is_integer() for size in sizes):
-        msg = f"--tile {text}: expected whole model px, one number or y,x or z,y,x"
-        raise SpecError(msg)
-    return tuple(int(size) for size in sizes)
-
-
-def _numbers(text: str, flag: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in text.replace("x", ",").split(","))
-    except ValueError:
-        msg = f"{flag} {text}: expected numbers separated by commas"
-        raise SpecError(msg) from None
 
 
 def _print_table(table: Any) -> None:

@@ -253,7 +253,7 @@ class ExplainRequest(Frozen):
     """Image file whose non-zero pixels replace the tissue mask; it spans the whole slide."""
     batch: int = Field(default=32, ge=1)
     unit: int | None = Field(default=None, ge=1)
-    """Tiles a task; None: 256 for slides, 8 for volumes."""
+    """Tiles a task; None: 64 to 256 for slides, by their number of tiles, 8 for volumes."""
     heatmap: HeatmapSpec = HeatmapSpec()
     allow_upsampling: bool = False
     fresh: bool = False

@@ -70,7 +70,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
 
 ONLY_IN = {
     "prefect": ("flows",),
-    "typer": ("flows.cli",),
+    "typer": ("flows.cli", "flows.options"),
     "ray": ("workers.ray_pool",),
     "openslide": ("workers.readers.slide",),
     "monai": ("workers.models", "workers.readers"),

@@ -36,7 +36,7 @@ from workers.readers.overview import read_overview
 from workers.readers.reader import Reader
 from workers.readers.regions import read_polygons
 from workers.stitching.grid import heatmap_grid
-from workers.tiling.plan import DEFAULT_UNIT, Plan, heatmap_bytes, make_plan, peak_memory_bytes, tiles_bytes
+from workers.tiling.plan import Plan, heatmap_bytes, make_plan, peak_memory_bytes, tiles_bytes
 from workers.tiling.positions import make_lattice
 from workers.tiling.tissue import foreground_mask, tissue_mask
 
@@ -179,8 +179,7 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
             ] = True
         if bad:
             notes.append(f"{len(bad)} places of the overview could not be read and are tried as tissue")
-    unit = request.unit or DEFAULT_UNIT[meta.kind]
-    plan = make_plan(lattice, unit, mask, downsample, tissue, grid.region_l0)
+    plan = make_plan(lattice, request.unit or meta.kind, mask, downsample, tissue, grid.region_l0)
     if lattice.upsampling > 1.25:
         notes.append(f"read {lattice.upsampling:.2f} times finer than the source, as allowed")
     cam = CamSpec(
@@ -197,8 +196,8 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         card=facts.card,
         cam=cam,
         grid=grid,
-        unit=unit,
-        batch=min(request.batch, unit),
+        unit=plan.unit,
+        batch=min(request.batch, plan.unit),
     )
     map_grid = MapGrid.of(facts.cells, lattice.tile_l0, lattice.tile_px)
     tiles = TilesInfo(

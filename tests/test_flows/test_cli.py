@@ -213,7 +213,7 @@ def test_plan_prints_the_cost_and_writes_nothing(gigacam: Run, card: str, tmp_pa
     plan = PlanSummary.model_validate(document)
     assert (plan.tiles, plan.units, plan.batches) == (8, 1, 3)
     assert plan.channels == ("gradcam:r", "gradcam:g", "gradcam:b")
-    assert plan.defaults["unit"] == "256"
+    assert plan.defaults["unit"] == "64"
     assert not {"batch", "tissue"} & set(plan.defaults), "given, so no default"
     text = gigacam(*words).out
     free = re.compile(r"[\d.]+ GiB free")  # may change meanwhile

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from schemas.grid import GridSpec, Lattice, TissueSpec
-from schemas.image import LevelMeta
-from workers.tiling.plan import make_plan
+from schemas.image import Kind, LevelMeta
+from workers.tiling.plan import default_unit, make_plan
 from workers.tiling.positions import make_lattice
 
 
@@ -51,3 +51,11 @@ def test_a_region_thinner_than_a_raster_pixel_is_not_lost() -> None:
     line = ((50_000.0, 50_000.0), (50_000.5, 50_000.0), (50_000.5, 50_300.0), (50_000.0, 50_300.0))
     plan = make_plan(lattice_of(100_000, 1000), 8, None, (1.0, 1.0), TissueSpec(), (line,))
     assert (50_000, 50_000) in {tuple(b) for b in plan.boxes[: plan.planned, 0].tolist()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "planned", "unit"),
+    [("slide", 0, 64), ("slide", 4095, 64), ("slide", 4096, 128), ("slide", 8192, 256), ("volume", 9999, 8)],
+)
+def test_small_slides_are_cut_finer_so_that_no_worker_idles(kind: Kind, planned: int, unit: int) -> None:
+    assert default_unit(kind, planned) == unit

@@ -11,12 +11,23 @@ from skimage.draw import polygon, polygon_perimeter
 
 from schemas.grid import Lattice, TissueSpec
 from schemas.heatmap import HeatmapGrid
+from schemas.image import Kind
 from schemas.run import MapGrid
 from workers.tiling.positions import all_indices, boxes, starts
 from workers.tiling.tissue import tissue_fraction
 
-DEFAULT_UNIT = {"slide": 256, "volume": 8}
-"""Tiles a task, which is the length of a chunk along the tile axis."""
+UNITS_ENOUGH = 32
+"""So many tasks share out evenly among a few workers: the last of them to finish waits for little."""
+
+
+def default_unit(kind: Kind, planned: int) -> int:
+    """Tiles a task, which is the length of a chunk along the tile axis.
+
+    256, or less on a small slide, where so few tasks would leave workers idle at the end; 8 in a volume.
+    """
+    if kind == "volume":
+        return 8
+    return next((unit for unit in (256, 128) if planned >= UNITS_ENOUGH * unit), 64)
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Plan:
 
 def make_plan(
     lattice: Lattice,
-    unit: int,
+    unit: int | Kind,
     mask: NDArray[np.bool_] | None,
     mask_downsample: tuple[float, ...],
     tissue: TissueSpec,
@@ -59,6 +70,8 @@ def make_plan(
 
     Parameters
     ----------
+    unit
+        Tiles a task, or the kind of image, whose default is taken.
     mask
         `(*S)` tissue at `mask_downsample` level-0 px a mask px and axis; None keeps every tile.
     region_l0
@@ -78,7 +91,9 @@ def make_plan(
         scale = tuple(n / m for n, m in zip(lattice.shape_l0, inside.shape, strict=True))
         asked = tissue_fraction(inside, start, lattice.tile_l0, scale) > 0
     order = np.concatenate([np.flatnonzero(asked), np.flatnonzero(~asked)])
-    return Plan(lattice, boxes(lattice, index[order]), int(asked.sum()), unit)
+    planned = int(asked.sum())
+    size = unit if isinstance(unit, int) else default_unit(unit, planned)
+    return Plan(lattice, boxes(lattice, index[order]), planned, size)
 
 
 _REGION_PX = 4096
