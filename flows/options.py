@@ -79,7 +79,8 @@ Mask = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch", help="Tiles the device computes at once.")]
 Unit = Annotated[
-    int | None, typer.Option("--unit", help="Tiles a task, the step of resume. Default: 64 to 256; volumes 8.")
+    int | None,
+    typer.Option("--unit", help="Tiles a task, the step of resume. Default: 64 to 256; volumes 8."),
 ]
 Importance = Annotated[
     str, typer.Option("--importance", help="Weight of a tile where tiles overlap: flat, hann or gaussian.")
