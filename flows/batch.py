@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from flows.progress import Event
+from flows.settings import with_threads
 from flows.steps import explain_image
 from schemas.errors import GigacamError, SpecError
 from schemas.image import ImageRequest
@@ -76,6 +77,7 @@ def explain_batch(
         The request is wrong: nothing was computed.
     """
     began = time.perf_counter()
+    settings = with_threads(settings)
     images = list_images(request)
     model = open_model(request)
     out = Path(request.out)

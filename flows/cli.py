@@ -234,7 +234,6 @@ def _run(request: ExplainRequest, asked: PoolSettings, direct: bool, as_json: bo
     from workers.readers import expand
 
     settings, why = resolve_pool(asked, len(expand(request.images)))
-    settings = _with_threads(settings)
     through_prefect = not direct and (settings.kind == "ray" or bool(os.environ.get("PREFECT_API_URL")))
     how = "Prefect" if through_prefect else "direct"
     print(f"pool: {why}; {how}", file=sys.stderr)
@@ -286,14 +285,6 @@ def _finish(report: RunReport, out: str, as_json: bool) -> NoReturn:
 def _interrupted() -> NoReturn:
     print("interrupted: run the same command again to resume; what was computed is kept", file=sys.stderr)
     _exit(EXIT_INTERRUPTED)
-
-
-def _with_threads(settings: PoolSettings) -> PoolSettings:
-    """Serial takes all cores; a CPU actor one thread, so that actors do not fight for cores."""
-    if settings.threads is not None:
-        return settings
-    threads = (os.cpu_count() or 1) if settings.kind == "serial" else 1
-    return settings.model_copy(update={"threads": threads})
 
 
 def _print_table(table: Any) -> None:

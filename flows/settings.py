@@ -35,3 +35,11 @@ def resolve_pool(asked: PoolSettings, images: int) -> tuple[PoolSettings, str]:
         if asked.address or os.environ.get(name):
             return asked.model_copy(update={"kind": "ray"}), f"ray, since {name} or --ray-address is set"
     return asked.model_copy(update={"kind": "serial"}), "serial, since there is one image"
+
+
+def with_threads(settings: PoolSettings) -> PoolSettings:
+    """Serial takes all cores; a CPU actor one thread, so that actors do not fight for cores."""
+    if settings.threads is not None:
+        return settings
+    threads = (os.cpu_count() or 1) if settings.kind == "serial" else 1
+    return settings.model_copy(update={"threads": threads})

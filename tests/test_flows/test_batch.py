@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flows.settings import with_threads
 from schemas.heatmap import HeatmapSpec
-from schemas.run import RunReport
+from schemas.run import PoolSettings, RunReport
 from tests.test_flows.networks import write_factory_card
 from tests.test_flows.runs import explain, heatmap_of
 from workers.store.heatmap import HeatmapStore
@@ -76,3 +78,9 @@ def test_a_heatmap_never_outlives_its_tiles(card: str, tmp_path: Path) -> None:
     assert again.images[0].provenance["tiles_this_run"] == first.images[0].provenance["tiles_this_run"] > 0
     assert (Path(first.images[0].output) / "heatmap.ome.zarr.old-1").is_dir()
     assert not (heatmap_of(again).image(0)[:] == 7.0).any()
+
+
+def test_serial_takes_all_cores_and_an_actor_one_whoever_asks() -> None:
+    assert with_threads(PoolSettings(kind="serial")).threads == os.cpu_count()
+    assert with_threads(PoolSettings(kind="ray")).threads == 1
+    assert with_threads(PoolSettings(kind="serial", threads=3)).threads == 3
