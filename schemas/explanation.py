@@ -25,6 +25,8 @@ class MethodInfo(Frozen):
     class_specific: bool
     citation: str
     edition: str = ""
+    options: dict[str, str] = Field(default_factory=dict)
+    """Settings it takes, with their defaults as text; asked for as `name+key=value`."""
 
 
 class CellGeometry(Frozen):

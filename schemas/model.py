@@ -172,4 +172,7 @@ class ModelFacts(Frozen):
     layer: str
     tile: tuple[int, ...]
     cells: CellGeometry
+    """Of the explained layer."""
+    grids: dict[str, CellGeometry]
+    """Of each method asked for."""
     weights_bytes: int

@@ -204,7 +204,7 @@ def test_the_checker_sees_a_wrong_edge(module: str, source: str) -> None:
 
 def test_the_checker_lets_a_right_edge_pass() -> None:
     source = (
-        "import os\nfrom schemas.grid import Lattice\nfrom workers.cam.methods import explain\nimport torch"
+        "import os\nfrom schemas.grid import Lattice\nfrom workers.cam.explain import explain\nimport torch"
     )
     assert faults("workers.explainer", source) == []
 

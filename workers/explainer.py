@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from schemas.errors import ModelError, SourceError, StoreError
 from schemas.frozen import Frozen, digest
 from schemas.geometry import Box
 from schemas.run import Report, TilesInfo, UnitTask
-from workers.cam.methods import Explained, MapFlag, explain
+from workers.cam.explain import Explained, MapFlag, explain
 from workers.cam.targets import resolve
 from workers.models.adapter import ModelAdapter
 from workers.models.card import load_card
@@ -99,7 +100,8 @@ class Explainer:
             msg = f"an explainer computes units; found {task!r}"
             raise TypeError(msg)
         began = time.perf_counter()
-        found = self._tiles.compute(self._store.boxes(self._store.unit_rows(task.unit)))
+        rows = self._store.unit_rows(task.unit)
+        found = self._tiles.compute(self._store.boxes(rows), rows)
         clock = time.perf_counter()
         written = self._store.write_unit(
             task.unit, found.scores, found.target_index, found.maps, found.errors
@@ -127,10 +129,11 @@ class Explainer:
 def tiles_per_second(info: TilesInfo, init: ExplainInit, boxes: NDArray[np.int64]) -> float:
     """Rate of one worker over `boxes` `(n, 2, axes)`, decoding included, after a first tile that is not counted."""
     tiles = TileComputer(info, init)
+    rows = np.arange(len(boxes))
     try:
-        tiles.compute(boxes[:1])
+        tiles.compute(boxes[:1], rows[:1])
         began = time.perf_counter()
-        tiles.compute(boxes)
+        tiles.compute(boxes, rows)
         return len(boxes) / (time.perf_counter() - began)
     finally:
         tiles.close()
@@ -171,17 +174,18 @@ class TileComputer:
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._decoders.submit(self._readers.check).result()
 
-    def compute(self, boxes: NDArray[np.int64]) -> Computed:
-        """Explain the tiles at `boxes` `(n, 2, axes)`, n at least 1."""
+    def compute(self, boxes: NDArray[np.int64], rows: NDArray[np.int64]) -> Computed:
+        """Explain the tiles at `boxes` `(n, 2, axes)`, n at least 1; `rows` `(n,)` number them in the plan."""
         errors: dict[int, str] = {}
         notes: list[str] = []
         flags: Counter[str] = Counter()
         parts = {"decode": 0.0, "compute": 0.0}
         batches = []
+        seeds = torch.from_numpy(rows)  # noise belongs to the tile, whichever worker computes it
         for first, pixels, bad in self._batches(boxes, parts):
             errors.update({first + i: reason for i, reason in bad.items()})
             clock = time.perf_counter()
-            batches.append(self._explain(pixels, notes, flags))
+            batches.append(self._explain(pixels, seeds[first : first + len(pixels)], notes, flags))
             parts["compute"] += time.perf_counter() - clock
         scores = np.concatenate([b[0] for b in batches])
         index = np.concatenate([b[1] for b in batches])
@@ -219,15 +223,16 @@ class TileComputer:
             yield first, pixels, bad
 
     def _explain(
-        self, pixels: NDArray[Any], notes: list[str], flags: Counter[str]
+        self, pixels: NDArray[Any], seeds: Tensor, notes: list[str], flags: Counter[str]
     ) -> tuple[NDArray[np.float32], NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """Explain a mini-batch; on out-of-memory, in halves, which is noted since it changes the bits."""
-        out = self._attempt(pixels)
+        out = self._attempt(pixels, seeds)
         if out is None:
             torch.cuda.empty_cache()
             half = -(-len(pixels) // 2)
             notes.append(f"out of device memory at batch {len(pixels)}: computed in halves")
-            a, b = self._explain(pixels[:half], notes, flags), self._explain(pixels[half:], notes, flags)
+            a = self._explain(pixels[:half], seeds[:half], notes, flags)
+            b = self._explain(pixels[half:], seeds[half:], notes, flags)
             joined = {m: np.concatenate([a[2][m], b[2][m]]) for m in a[2]}
             return np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]]), joined
         for name, bits in out.flags.items():
@@ -240,11 +245,11 @@ class TileComputer:
             {name: values.float().cpu().numpy() for name, values in out.maps.items()},
         )
 
-    def _attempt(self, pixels: NDArray[Any]) -> Explained | None:
+    def _attempt(self, pixels: NDArray[Any], seeds: Tensor) -> Explained | None:
         """Explain a mini-batch; None where device memory ran out: on return all that it held is free."""
         try:
             x = self.model.prepare(pixels)
-            return explain(self.model.net, x, self.targets, self.info.spec.cam.methods)
+            return explain(self.model.net, x, self.targets, self.info.spec.cam.methods, seeds)
         except torch.OutOfMemoryError:
             if len(pixels) == 1:
                 raise

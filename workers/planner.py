@@ -25,7 +25,7 @@ from schemas.run import (
     TilesInfo,
     TilesSpec,
 )
-from workers.cam.methods import METHODS
+from workers.cam.methods import method
 from workers.explainer import ExplainInit, pick_device, tiles_per_second
 from workers.models.card import load_card
 from workers.models.facts import model_facts, retarget
@@ -76,15 +76,16 @@ def open_model(request: ExplainRequest) -> Model:
             "Remove [bag] to explain the tile encoder itself"
         )
         raise SpecError(msg)
-    unknown = [m for m in request.methods if m not in METHODS]
-    if unknown:
-        msg = f"--method {','.join(unknown)}: unknown; the methods are {', '.join(METHODS)}"
-        raise SpecError(msg)
+    try:
+        methods = tuple(dict.fromkeys(method(name).info.name for name in request.methods))
+    except SpecError as error:
+        msg = f"--method {error}"
+        raise SpecError(msg) from error
     ndim = len(loaded.card.input.tile)
     _check_places(request, ndim)
     layer = request.layer or loaded.card.cam.layer
     tile = request.tile * ndim if request.tile and len(request.tile) == 1 else request.tile
-    facts = model_facts(loaded, layer, request.targets, tile, request.cell_centres)
+    facts = model_facts(loaded, layer, request.targets, methods, tile, request.cell_centres)
     return Model(str(Path(request.model).resolve()), loaded.card, facts)
 
 
@@ -183,7 +184,7 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
     if lattice.upsampling > 1.25:
         notes.append(f"read {lattice.upsampling:.2f} times finer than the source, as allowed")
     cam = CamSpec(
-        methods=request.methods,
+        methods=tuple(facts.grids),
         targets=facts.targets,
         layer=facts.layer,
         cell_centres=request.cell_centres,
@@ -199,13 +200,13 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         unit=plan.unit,
         batch=min(request.batch, plan.unit),
     )
-    map_grid = MapGrid.of(facts.cells, lattice.tile_l0, lattice.tile_px)
+    grids = {n: MapGrid.of(c, lattice.tile_l0, lattice.tile_px) for n, c in facts.grids.items()}
     tiles = TilesInfo(
         tiles_id=spec.tiles_id,
         spec=spec,
         image=meta,
         lattice=lattice,
-        grids=dict.fromkeys(request.methods, map_grid),
+        grids=grids,
         classes=facts.classes,
         planned=plan.planned,
         tiles=plan.tiles,
@@ -213,23 +214,24 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         versions=versions(),
     )
     folder = Path(request.out).absolute() / meta.image_id(request.image_id)
-    heatmap = _heatmap_info(tiles, request.heatmap, map_grid, facts)
+    heatmap = _heatmap_info(tiles, request.heatmap, facts)
     return Job(image, folder, plan, tiles, heatmap, method, fraction, tuple(notes))
 
 
-def _heatmap_info(tiles: TilesInfo, asked: HeatmapSpec, map_grid: MapGrid, facts: ModelFacts) -> HeatmapInfo:
+def _heatmap_info(tiles: TilesInfo, asked: HeatmapSpec, facts: ModelFacts) -> HeatmapInfo:
     meta, cam = tiles.image, tiles.spec.cam
-    downsample = asked.downsample or auto_downsample(meta.kind, meta.shape_l0, map_grid.cell_l0)
+    finest = min((grid.cell_l0 for grid in tiles.grids.values()), key=min)
+    downsample = asked.downsample or auto_downsample(meta.kind, meta.shape_l0, finest)
     channels = tuple(
         ChannelInfo(
             method=name,
             target=target,
             target_index=index,
-            unit=METHODS[name].info.unit,
-            signed=METHODS[name].info.signed,
-            grid=map_grid.shape,
+            unit=info.unit,
+            signed=info.signed,
+            grid=tiles.grids[name].shape,
         )
-        for name in cam.methods
+        for name, info in ((name, method(name).info) for name in cam.methods)
         for target, index in zip(facts.targets, facts.target_index, strict=True)
     )
     spec = asked.model_copy(update={"downsample": downsample})

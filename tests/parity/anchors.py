@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.test_workers.tiny_networks import conv_net, monai_networks
 from workers.cam.capture import HookedNet
-from workers.cam.methods import explain
+from workers.cam.explain import explain
 from workers.cam.targets import ResolvedTarget
 
 CASES = ("conv-2d", "conv-3d", "resnet-2d", "densenet-2d", "densenet-3d")

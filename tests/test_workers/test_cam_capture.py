@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from schemas.errors import ModelError
 from tests.test_workers.tiny_networks import ConvNet, classes, conv_net, monai_networks, tiles
 from workers.cam.capture import HookedNet, PairNet, SplitNet
-from workers.cam.methods import METHODS, explain
+from workers.cam.explain import explain
+from workers.cam.methods import METHODS
 
 PURE = [name for name in METHODS if name != "cam"]
 

@@ -13,8 +13,8 @@ from schemas.errors import ModelError
 from schemas.explanation import CellGeometry
 from tests.test_workers.tiny_networks import monai_networks
 from workers.cam.capture import HookedNet
+from workers.cam.explain import explain
 from workers.cam.geometry import grid_cells, measure_cells
-from workers.cam.methods import explain
 from workers.cam.targets import ResolvedTarget
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}

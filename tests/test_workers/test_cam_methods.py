@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -16,9 +16,12 @@ from schemas.model import OutputSpec
 from tests.test_workers.tiny_networks import classes, conv_net, tiles
 from workers.cam.capture import HookedNet
 from workers.cam.eigen import eigencam
+from workers.cam.explain import MapFlag, explain
 from workers.cam.gradient import gradcam, gradcampp, hirescam, layercam, xgradcam
-from workers.cam.methods import METHODS, MapFlag, explain
-from workers.cam.targets import resolve
+from workers.cam.head import linear_head
+from workers.cam.methods import METHODS
+from workers.cam.targets import ResolvedTarget, functionals, resolve
+from workers.cam.view import Batch, View
 
 Array = NDArray[np.float64]
 
@@ -195,8 +198,8 @@ def test_cam_of_one_logit_is_signed() -> None:
 def test_methods_at_once_equal_each_alone() -> None:
     net, x = HookedNet(conv_net(2, head="gap"), "relu"), tiles(2)
     together = explain(net, x, classes(3), list(METHODS))
-    for name, row in METHODS.items():
-        assert torch.equal(together.maps[name], row.maps(net, x, classes(3))), name
+    for name in METHODS:
+        assert torch.equal(together.maps[name], explain(net, x, classes(3), [name]).maps[name]), name
 
 
 def test_shapes_and_types() -> None:
@@ -338,13 +341,43 @@ def test_eigencam_doubts_a_direction_that_is_arbitrary() -> None:
 
 
 def test_the_tables_facts() -> None:
-    assert list(METHODS) == ["gradcam", "hirescam", "cam", "layercam", "gradcampp", "xgradcam", "eigencam"]
-    units = {name: row.info.unit for name, row in METHODS.items()}
-    assert units == {
+    units = {
         "gradcam": "logit/cell", "hirescam": "logit", "cam": "logit", "layercam": "1", "gradcampp": "1",
         "xgradcam": "1", "eigencam": "1",
     }  # fmt: skip
-    done = explain(HookedNet(conv_net(2, head="gap"), "relu"), tiles(2), classes(3), list(METHODS))
-    for name, row in METHODS.items():
-        assert name == row.info.name
-        assert bool((done.maps[name] < 0).any()) == row.info.signed, name
+    done = explain(HookedNet(conv_net(2, head="gap"), "relu"), tiles(2), classes(3), list(units))
+    for name, unit in units.items():
+        info = METHODS[name].info
+        assert (info.name, info.unit) == (name, unit)
+        assert bool((done.maps[name] < 0).any()) == info.signed, name
+
+
+def test_without_a_gradient_where_the_head_is_proven_linear() -> None:
+    net, x = HookedNet(conv_net(2, head="gap", classes=70), "relu"), tiles(2)
+    assert linear_head(net, x) is not None
+    for name in ("gradcam", "hirescam", "layercam", "gradcampp", "xgradcam"):
+        found = explain(net, x, classes(70), [name])
+        views = views_of(net, x, classes(70))
+        expected = torch.stack([METHODS[name].raw(v, METHODS[name].options)[0] for v in views], dim=1)
+        expected = expected.reshape(found.maps[name].shape)
+        torch.testing.assert_close(
+            found.maps[name], expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max())
+        )
+
+
+def views_of(net: HookedNet, x: Tensor, targets: Sequence[ResolvedTarget]) -> list[View]:
+    batch = Batch(net, x, net.forward(x), torch.arange(len(x)))
+    return [View(batch, w) for w in functionals(batch.scores, targets)[0]]
+
+
+def test_a_head_that_stops_being_linear_is_differentiated() -> None:
+    net, x = conv_net(2, head="gap"), tiles(2)
+    split = HookedNet(net, "relu")
+    assert linear_head(split, x) is not None
+    with torch.no_grad():
+        net.fc.bias.add_(1)  # what was proven no longer gives these scores
+    found = explain(split, x, classes(3), ["gradcam"]).maps["gradcam"]
+    torch.testing.assert_close(
+        found, explain(HookedNet(net, "relu"), x, classes(3), ["gradcam"]).maps["gradcam"]
+    )
+    assert linear_head(HookedNet(conv_net(2), "relu"), x) is None

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
 from schemas.errors import ModelError, SpecError
 from schemas.model import OutputSpec
-from workers.cam.targets import resolve, select
+from workers.cam.targets import ResolvedTarget, functionals, resolve
 
 ABC = OutputSpec(classes=("normal", "tumour", "2"))
 PAIR = OutputSpec(kind="logit", classes=("benign", "malignant"))
 SINGLE = OutputSpec(kind="logit", classes=("malignant",))
+
+
+def select(scores: Tensor, targets: Sequence[ResolvedTarget]) -> tuple[Tensor, Tensor]:
+    weights, index = functionals(scores, targets)
+    return torch.stack([(scores * w).sum(1) for w in weights], dim=1), index
 
 
 def names(output: OutputSpec, n: int, *asked: str) -> list[tuple[str, int | None]]:

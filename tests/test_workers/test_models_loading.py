@@ -18,8 +18,9 @@ from schemas.errors import ModelError
 from schemas.model import InputSpec, ModelCard
 from tests.test_workers.tiny_networks import classes, conv_net, lively
 from workers.cam.capture import HookedNet
+from workers.cam.explain import explain
 from workers.cam.geometry import measure_cells
-from workers.cam.methods import METHODS, explain
+from workers.cam.methods import METHODS
 from workers.models.card import LoadedCard
 from workers.models.checkpoint import load_weights
 from workers.models.cnn import load_model, prepare

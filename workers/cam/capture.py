@@ -44,8 +44,8 @@ class SplitNet(Protocol):
         """Scores `(B, C)` for other activations than those of `x`; `x` gives what by-passes the layer."""
         ...
 
-    def forward(self, x: Tensor) -> Split:
-        """One pass: leaf activations and the scores that depend on them."""
+    def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
+        """One pass: leaf activations and the scores that depend on them; without a graph if not `differentiable`."""
         ...
 
     def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
@@ -109,15 +109,15 @@ class HookedNet:
     def tail(self, activations: Tensor, x: Tensor) -> Tensor:
         return self._run(x, lambda _: activations.clone())
 
-    def forward(self, x: Tensor) -> Split:
+    def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
         leaves: list[Tensor] = []
 
         def tap(output: Tensor) -> Tensor:
             # The layer may have returned its own input, and the next operation may be in place (DenseNet's ReLU):
             # the leaf shares its memory with neither side.
-            leaf = output.detach().clone().requires_grad_()
+            leaf = output.detach().clone().requires_grad_(differentiable)
             leaves.append(leaf)
-            return leaf.clone()
+            return leaf.clone() if differentiable else output
 
         scores = self._run(x, tap)
         return Split(_checked_activations(leaves[0], x, self.layer), scores)
@@ -185,9 +185,9 @@ class PairNet:
         with _frozen(self.module):
             return _score_matrix(self.module["tail"](activations, *carried), len(x))
 
-    def forward(self, x: Tensor) -> Split:
+    def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
         output, carried = self._head(x)
-        leaf = _checked_activations(output.requires_grad_(), x, self.layer)
+        leaf = _checked_activations(output.requires_grad_(differentiable), x, self.layer)
         with _frozen(self.module):
             scores = self.module["tail"](leaf.clone(), *carried)
         return Split(leaf, _score_matrix(scores, len(x)))

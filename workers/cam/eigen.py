@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.cam.method import row
+
 
 def eigencam(a: Tensor) -> tuple[Tensor, Tensor]:
     """Eigen-CAM, uncentred (Muhammad & Yeasin, IJCNN 2020): no class, no gradient.
@@ -50,3 +52,12 @@ def eigencam(a: Tensor) -> tuple[Tensor, Tensor]:
     second = energy[:, -2] if energy.shape[1] > 1 else torch.zeros_like(first)
     doubtful = (first > 0) & ((first < 0.2 * energy.sum(1)) | (second.sqrt() > 0.99 * first.sqrt()))
     return torch.where(finite[:, None], projected, torch.nan).to(a.dtype), doubtful
+
+
+METHODS = (
+    row(
+        "eigencam", "Eigen-CAM", lambda view, _: eigencam(view.a), "1",
+        "Muhammad & Yeasin, Eigen-CAM, IJCNN 2020", signed=False, edition="uncentred (paper), sum made positive",
+        needs=("activations",), class_specific=False,
+    ),
+)  # fmt: skip

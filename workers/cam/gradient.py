@@ -1,13 +1,19 @@
 """CAM methods that are pure functions of activations and gradients.
 
-All take `A` and `g = dy/dA` as `(B, K, Z)`, space flattened to its Z cells, and give the raw signed map `(B, Z)`, before
+All functions take `A` and `g = dy/dA` as `(B, K, Z)`, space flattened to its Z cells, and give the raw signed map `(B, Z)`, before
 the ReLU that the papers draw. Nothing here knows how many axes the space had.
 """
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
+
+from schemas.errors import ModelError
+from workers.cam.method import Doubt, Options, pure, row
+from workers.cam.view import View
 
 
 def gradcam(a: Tensor, g: Tensor) -> Tensor:
@@ -63,6 +69,71 @@ def gradcampp(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return _weighted((alpha * g.relu()).sum(-1), a), doubtful
 
 
+def _no_linear_head(_view: View, _options: Options) -> NoReturn:
+    """CAM is asked of a tail that is no linear head, so that its weights are not there to be used."""
+    msg = (
+        "method 'cam' needs a layer followed directly by global average pooling and one linear layer; the layer explained "
+        "is not. Explain the last activation before pooling, or use method 'gradcam' or 'hirescam', which need neither"
+    )
+    raise ModelError(msg)
+
+
 def _weighted(weight: Tensor, a: Tensor) -> Tensor:
     """Channels `(B, K, Z)` summed with weights `(B, K)`."""
     return torch.einsum("bk,bkz->bz", weight, a)
+
+
+# The same methods where the gradient (B or 1, T, K) is equal in all cells: channel weights (B or 1, T, K).
+
+
+def _gradient_itself(_: Tensor, g: Tensor) -> tuple[Tensor, Doubt]:
+    return g, None
+
+
+def _positive_gradient(_: Tensor, g: Tensor) -> tuple[Tensor, Doubt]:
+    return g.relu(), None
+
+
+def _gradient_of_live_channels(a: Tensor, g: Tensor) -> tuple[Tensor, Doubt]:
+    return torch.where(a.sum(-1)[:, None] == 0, 0, g), None
+
+
+def _gradcampp_weights(a: Tensor, g: Tensor) -> tuple[Tensor, Doubt]:
+    denominator = 2 + a.sum(-1)[:, None] * g
+    alpha = torch.where(denominator == 0, g * g, 1 / torch.where(denominator == 0, 1, denominator))
+    return a.shape[-1] * alpha * g.relu(), ((denominator <= 0) & (g > 0)).any(-1)
+
+
+METHODS = (
+    row(
+        "gradcam", "Grad-CAM", pure(gradcam), "logit/cell",
+        "Selvaraju et al., Grad-CAM, ICCV 2017", edition="mean gradient (paper), before the final ReLU",
+        weigh=_gradient_itself,
+    ),
+    row(
+        "hirescam", "HiResCAM", pure(hirescam), "logit",
+        "Draelos & Carin, Use HiResCAM instead of Grad-CAM, arXiv:2011.08891", edition="before the final ReLU",
+        weigh=_gradient_itself,
+    ),
+    row(
+        "cam", "CAM", _no_linear_head, "logit",
+        "Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016",
+        edition="divided by the number of cells, so that a map sums to its score minus the bias",
+        needs=("activations", "weights"), weigh=_gradient_itself,
+    ),
+    row(
+        "layercam", "Layer-CAM", pure(layercam), "1",
+        "Jiang et al., LayerCAM, IEEE TIP 2021", signed=False, edition="one layer, before the final ReLU",
+        weigh=_positive_gradient,
+    ),
+    row(
+        "gradcampp", "Grad-CAM++", pure(gradcampp), "1",
+        "Chattopadhyay et al., Grad-CAM++, WACV 2018", signed=False,
+        edition="without exp(y), no epsilon, before the final ReLU", weigh=_gradcampp_weights,
+    ),
+    row(
+        "xgradcam", "XGrad-CAM", pure(xgradcam), "1",
+        "Fu et al., Axiom-based Grad-CAM, BMVC 2020", edition="before the final ReLU",
+        weigh=_gradient_of_live_channels,
+    ),
+)  # fmt: skip

@@ -1,60 +1,103 @@
-"""The linear head that CAM needs, proven rather than guessed."""
+"""A head of global average pooling and one linear layer: proven, not guessed; then no gradient needs to be computed.
+
+Behind such a head the gradient of score `c` is `W[c] / Z` in every cell.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
 from torch import Tensor, nn
 
-from schemas.errors import ModelError
 from workers.cam.capture import SplitNet
+from workers.cam.view import full
+
+PROOFS = 4
+"""Random activations that the tail is tried on."""
 
 
-def head_gradient(net: SplitNet, g: Tensor, column: Tensor, sign: Tensor, n_outputs: int) -> Tensor:
-    """Rows of the network's linear head as the gradient that global average pooling makes of them.
+@dataclass(frozen=True)
+class LinearHead:
+    """`scores = mean over cells(A) @ weight.T + bias`."""
 
-    Behind GAP and a linear layer `W` the gradient of score `c` is `W[c] / Z` in every cell. A weight that has the shape
-    of such a head is accepted only if the true gradient says so, for every tile of every batch.
+    weight: Tensor
+    """`(C, K)`, at least float32."""
+    bias: Tensor
+    """`(C,)`."""
+    tolerance: float
+
+    def speaks_for(self, a: Tensor, scores: Tensor) -> bool:
+        """Whether it gives the scores `(B, C)` of activations `(B, K, Z)`, in every row that is finite.
+
+        Part of the result, not of the proof: a batch in which it fails is differentiated, on whichever worker.
+        """
+        mean = a.mean(-1)
+        finite = mean.isfinite().all(1) & scores.isfinite().all(1)
+        error = (mean @ self.weight.T + self.bias - scores).abs()
+        size = mean.abs() @ self.weight.abs().T + self.bias.abs()
+        return bool((error <= self.tolerance * size)[finite].all())
+
+    def gradient(self, target: Tensor, cells: int) -> Tensor:
+        """`(n, C)` targets -> their gradient `(n, K)`, the same in each of `cells` cells."""
+        return target.to(self.weight.dtype) @ self.weight / cells
+
+
+_FOUND: WeakKeyDictionary[SplitNet, LinearHead | None] = WeakKeyDictionary()
+
+
+def linear_head(net: SplitNet, x: Tensor) -> LinearHead | None:
+    """The linear head of a network, or None where the tail is anything else.
+
+    A weight of fitting shape counts only if, on random activations of both signs and several sizes, the true gradient is
+    that weight and the scores are those of that weight plus a constant. Looked for once a network.
 
     Parameters
     ----------
     net
         The split network.
-    g
-        `(B, K, Z)` true gradient.
-    column, sign
-        `(B,)` row of the head for each tile, and its sign.
-    n_outputs
-        C, columns of the scores.
-
-    Returns
-    -------
-    Tensor
-        `(B, K, 1)`, the same for all cells.
-
-    Raises
-    ------
-    ModelError
-        The layer is not followed by global average pooling and a linear layer.
+    x
+        `(B, C_in, *S)`; one tile is used.
     """
-    cells = g.shape[-1]
-    tolerance = 1e-5 if g.element_size() >= 4 else 2e-2
-    for weight in _candidates(net.module, n_outputs, g.shape[1]):
-        expected = (weight.to(g.dtype)[column] * sign[:, None].to(g.dtype) / cells)[..., None]
-        finite = g.isfinite().flatten(1).all(1)
-        error = (g - expected)[finite].abs()
-        if not error.numel() or float(error.amax()) <= tolerance * float(expected.abs().amax()):
-            return expected
-    msg = (
-        "method 'cam' needs a layer followed directly by global average pooling and one linear layer; the gradient at "
-        "the layer explained is not such a layer's weights. Explain the last activation before pooling, or use method "
-        "'gradcam' or 'hirescam', which need neither"
-    )
-    raise ModelError(msg)
+    if net not in _FOUND:
+        _FOUND[net] = _prove(net, x[:1])
+    return _FOUND[net]
+
+
+def _prove(net: SplitNet, x: Tensor) -> LinearHead | None:
+    activations = net.trunk(x)
+    if activations.ndim < 3:
+        return None  # said in full where the layer is explained
+    shape = (PROOFS, *activations.shape[1:])
+    generator = torch.Generator().manual_seed(0)
+    size = torch.tensor([1.0, 1.0, 10.0, 0.1]).view(-1, *(1,) * (len(shape) - 1))
+    with torch.inference_mode(False), torch.enable_grad():
+        random = (torch.randn(shape, generator=generator) * size).to(activations)
+        leaf = random.detach().clone().requires_grad_()
+        scores = net.tail(leaf, x.expand(PROOFS, *x.shape[1:]))
+        if not scores.requires_grad:
+            return None  # nothing reaches the layer: said where the gradient is asked for
+        mix = torch.randn(scores.shape, generator=generator).to(scores)
+        gradient = full(net.grad((scores * mix).sum(1), leaf)).flatten(2)
+    scores, mix = full(scores.detach()), full(mix)
+    mean = full(random).flatten(2).mean(-1)
+    tolerance = 1e-4 if activations.element_size() >= 4 else 2e-2
+    for weight in _candidates(net.module, scores.shape[1], activations.shape[1]):
+        expected = (mix @ weight / gradient.shape[-1])[..., None]
+        if not (gradient - expected).abs().amax() <= tolerance / 10 * expected.abs().amax():
+            continue
+        constant = scores - mean @ weight.T
+        head = LinearHead(weight, constant[0], tolerance)
+        if head.speaks_for(full(random).flatten(2), scores):
+            return head
+    return None
 
 
 def _candidates(module: nn.Module, rows: int, channels: int) -> list[Tensor]:
     """Parameters shaped like a head `(C, K)`, a 1x1 convolution's `(C, K, 1, ...)` included."""
     return [
-        p.detach().reshape(rows, channels)
+        full(p.detach()).reshape(rows, channels)
         for p in module.parameters()
         if p.ndim >= 2 and p.shape[:2] == (rows, channels) and p.numel() == rows * channels
     ]

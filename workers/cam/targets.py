@@ -127,33 +127,34 @@ def _find(name: str, classes: list[tuple[str, int]]) -> tuple[str, int]:
     raise SpecError(msg)
 
 
-def select(scores: Tensor, targets: Sequence[ResolvedTarget]) -> tuple[Tensor, Tensor]:
-    """The scalars to differentiate, and the class each explains.
+def functionals(scores: Tensor, targets: Sequence[ResolvedTarget]) -> tuple[list[Tensor], Tensor]:
+    """Each target as a linear function of the scores, and the class it explains.
 
     Parameters
     ----------
     scores
-        `(B, C)` before any softmax.
+        `(B, C)` before any softmax, without a graph.
     targets
         T resolved targets.
 
     Returns
     -------
-    y
-        `(B, T)`, attached to `scores`.
+    weights
+        T tensors `(1, C)`, or `(B, C)` where rows differ: the scalar to explain is `(scores * weights).sum(1)`.
     index
         `(B, T)` int32 class indices.
     """
-    index = torch.stack([_index(scores.detach(), t) for t in targets], dim=1)
-    column, sign = columns(index, targets)
-    return scores.gather(1, column) * sign.to(scores.dtype), index.to(torch.int32)
-
-
-def columns(index: Tensor, targets: Sequence[ResolvedTarget]) -> tuple[Tensor, Tensor]:
-    """Class indices `(B, T)` -> the column of the scores that speaks for each, and the sign it does so with."""
-    single = torch.tensor([t.single_logit for t in targets], device=index.device)
-    index = index.long()
-    return torch.where(single, 0, index), torch.where(single, 2 * index - 1, 1)
+    index = torch.stack([_index(scores, t) for t in targets], dim=1)
+    weights = []
+    for i, target in enumerate(targets):
+        of = index[:1, i] if target.index is not None else index[:, i]
+        weight = scores.new_zeros(len(of), scores.shape[1])
+        if target.single_logit:
+            weight[:, 0] = 2 * of - 1
+        else:
+            weight.scatter_(1, of[:, None], 1)
+        weights.append(weight)
+    return weights, index.to(torch.int32)
 
 
 def _index(scores: Tensor, target: ResolvedTarget) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from schemas.model import ModelCard, ModelFacts, OutputSpec
 from workers.cam.geometry import grid_cells
+from workers.cam.methods import method
 from workers.cam.targets import resolve
 from workers.models.adapter import ModelAdapter
 from workers.models.card import LoadedCard, resolved
@@ -33,6 +34,7 @@ def model_facts(
     loaded: LoadedCard,
     layer: str,
     targets: Sequence[str],
+    methods: Sequence[str] = (),
     tile: tuple[int, ...] | None = None,
     cell_centres: Literal["receptive_field", "grid"] = "receptive_field",
 ) -> ModelFacts:
@@ -44,6 +46,8 @@ def model_facts(
         Layer to explain.
     targets
         Class names, indices, `predicted`, `all`; empty takes the card's default.
+    methods
+        CAM methods whose grids are wanted.
     tile
         Tile size in model px; None takes the card's.
     cell_centres
@@ -59,6 +63,7 @@ def model_facts(
     model = load_model(loaded, layer=layer, tile=size)
     found = resolve(targets, card.output, model.n_outputs)
     cells = model.cells if cell_centres == "receptive_field" else grid_cells(model.cells.shape, size)
+    shape = (card.input.channels, *size)
     files = (card.network.weights, card.network.trunk, card.network.tail)
     if card.output.kind == "logit":
         classes = card.output.classes[-1:] or ("1",)
@@ -72,6 +77,7 @@ def model_facts(
         layer=layer,
         tile=size,
         cells=cells,
+        grids={name: method(name).cells(model.net, shape, cells) for name in methods},
         weights_bytes=sum((loaded.folder / f).stat().st_size for f in files if f),
     )
 
