@@ -258,8 +258,12 @@ def _check_demo(methods: tuple[str, ...], slide: str) -> None:
     from workers.cam.methods import method
     from workers.readers import open_image
 
-    for name in methods:
-        method(name)
+    try:
+        for name in methods:
+            method(name)
+    except SpecError as error:
+        msg = f"--methods {error}"
+        raise SpecError(msg) from error
     if slide:
         try:
             open_image(slide).close()

@@ -63,7 +63,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "workers.tiling": frozenset({"numpy", "scipy", "skimage"}),
     "workers.stitching": frozenset({"numpy", "scipy", "skimage"}),
     "workers.metrics": frozenset({"numpy", "scipy", "skimage"}),
-    "workers.cam": frozenset({"numpy", "scipy", "skimage", "torch"}),
+    "workers.cam": frozenset({"numpy", "pydantic", "scipy", "skimage", "torch"}),
     "flows": frozenset({"packaging", "prefect", "pydantic", "rich", "typer", "uvicorn"}),
 }
 """Where only these third-party packages belong: definitions, numerics, and the layer that computes nothing."""

@@ -247,7 +247,10 @@ WRONG = [
     ("--spacing 1,2", "--spacing 1,2: expected one number above 0, or three"),
     ("--spacing 1,0,1", "--spacing 1,0,1: expected"),
     ("--spacing thick", "--spacing thick: expected numbers"),
-    ("--method nope,gradcam", "--method nope: unknown; the methods are gradcam, hirescam"),
+    ("--method nope,gradcam", "--method nope: unknown; `gigacam methods` lists every method"),
+    ("--method grad-cam", "--method grad-cam: unknown; did you mean gradcam"),
+    ("--method gradcam+n=3", "--method gradcam: has no option 'n'; it has none"),
+    ("--method gradcam+n", r"--method gradcam\+n: options are written name\+key=value"),
     ("--method ,", "--method ',': names no method"),
     ("--target nope", r"--target nope: no class .* \(r, g, b\), an index below 3"),
     ("--target 3", "--target 3: no class"),
@@ -542,7 +545,7 @@ def test_json_and_strict_hold_through_prefect(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--methods gradcam,nope", "--methods nope: unknown; the methods are gradcam"),
+        ("--methods gradcam,nope", "--methods nope: unknown; `gigacam methods` lists every method"),
         ("--slide absent.svs", "--slide absent.svs: no such file"),
         ("--pool cloud", "--pool cloud: expected"),
     ],

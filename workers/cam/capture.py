@@ -183,7 +183,7 @@ class PairNet:
     def tail(self, activations: Tensor, x: Tensor) -> Tensor:
         _, carried = self._head(x)
         with _frozen(self.module):
-            return _score_matrix(self.module["tail"](activations, *carried), len(x))
+            return _score_matrix(self.module["tail"](activations.clone(), *carried), len(x))
 
     def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
         output, carried = self._head(x)

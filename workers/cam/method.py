@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_origin
 
-from pydantic import ValidationError, field_validator
-from pydantic_core.core_schema import ValidationInfo
+from pydantic import ValidationError, ValidationInfo, field_validator
 from torch import Tensor
 
 from schemas.errors import SpecError
@@ -79,14 +78,14 @@ class Method:
         for key in given:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=3) or list(known)
-                msg = f"method {self.info.name!r} has no option {key!r}; it has {', '.join(near) or 'none'}"
+                msg = f"{self.info.name}: has no option {key!r}; it has {', '.join(near) or 'none'}"
                 raise SpecError(msg)
         try:
             options = type(self.options).model_validate({**self.options.model_dump(), **given})
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            msg = f"method {self.info.name!r}, option {where} = {first['input']!r}: {first['msg']}"
+            msg = f"{self.info.name}: option {where} = {first['input']!r}: {first['msg']}"
             raise SpecError(msg) from error
         name = "+".join([self.info.name, *(f"{k}={v}" for k, v in options.text().items())])
         return replace(self, info=self.info.model_copy(update={"name": name}), options=options)

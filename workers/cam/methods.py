@@ -16,11 +16,12 @@ def method(name: str) -> Method:
     """The row of `name` or `name+option=value+...`; SpecError, with near names, if there is none."""
     bare, *given = name.split("+")
     if bare not in METHODS:
-        near = difflib.get_close_matches(bare, METHODS, n=3) or list(METHODS)
-        msg = f"there is no method {bare!r}; did you mean {', '.join(near)}? `gigacam methods` lists all"
+        near = difflib.get_close_matches(bare, METHODS, n=3)
+        meant = f"did you mean {', '.join(near)}? " if near else ""
+        msg = f"{name}: unknown; {meant}`gigacam methods` lists every method"
         raise SpecError(msg)
     pairs = [option.partition("=") for option in given]
     if not all(key and mark and value for key, mark, value in pairs):
-        msg = f"method {name!r}: options are written name+key=value+key=value"
+        msg = f"{name}: options are written name+key=value+key=value"
         raise SpecError(msg)
     return METHODS[bare].with_options({key: value for key, _, value in pairs})
