@@ -6,6 +6,8 @@
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 BIN := .venv/bin
 STAMP := .venv/installed
+# Libraries that the tests compare with (80 MB to download); without their dependencies, which would replace torch.
+FIELD := .venv/field
 # Compiling all of 170 packages takes a minute; what is imported is compiled then.
 PIP_FLAGS ?= --quiet --no-compile
 # One process a core; tests that share a Ray or a Prefect server stay together in one.
@@ -26,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(STAMP)
 	$(BIN)/gigacam demo --out demo
 
-test: $(STAMP)
+test: $(STAMP) $(FIELD)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(STAMP)
@@ -45,6 +47,10 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	$(PYTHON) -m venv --clear .venv
 	$(if $(TORCH_INDEX),-$(BIN)/pip install $(PIP_FLAGS) --retries 1 --timeout 15 --no-deps -c deploy/constraints.txt --extra-index-url $(TORCH_INDEX) torch)
 	$(BIN)/pip install $(PIP_FLAGS) -c deploy/constraints.txt -e '.[test]'
+	@touch $@
+
+$(FIELD): tests/bench/requirements.txt $(STAMP)
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps -c deploy/constraints.txt -r tests/bench/requirements.txt
 	@touch $@
 
 clean:

@@ -1,0 +1,31 @@
+"""pytorch-grad-cam, imported beside a torch that its torchvision was not built for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+INSTALL = "pip install --no-deps -c deploy/constraints.txt -r tests/bench/requirements.txt"
+
+_DECLARED: list[torch.library.Library] = []
+"""Operators live as long as the library that declares them."""
+
+
+def pytorch_grad_cam() -> Any:
+    """The package; ImportError, naming the install line, where it is missing.
+
+    torchvision's compiled part does not load beside a CPU build of torch, and its Python part then fails for two
+    operators that it registers shapes for. Nothing here calls them: declaring them is enough.
+    """
+    if not _DECLARED and not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _DECLARED.append(library)
+    try:
+        return importlib.import_module("pytorch_grad_cam")
+    except ImportError as error:
+        msg = f"pytorch-grad-cam is not installed ({error}): {INSTALL}"
+        raise ImportError(msg) from error
