@@ -29,6 +29,32 @@ class MethodInfo(Frozen):
     """Settings it takes, with their defaults as text; asked for as `name+key=value`."""
 
 
+class Reduction(Frozen):
+    """Arrays of a method that sums over all tiles of an image before it explains any; shapes are of one target."""
+
+    collected: tuple[int, ...]
+    """Of the sum, which adds up over tiles."""
+    state: tuple[int, ...]
+    """Of what the sum is solved for."""
+    per_target: bool
+    """False: the method knows no class, and one of each serves all targets."""
+
+
+class SolvedState(Frozen):
+    """What was solved for one target of such a method, in numbers."""
+
+    method: str
+    target: str
+    """Empty where one state serves all targets."""
+    tiles: int
+    """How many tiles entered the sum."""
+    planned: int
+    explained: float
+    """Share of the summed energy that lies in the direction found, 0 to 1."""
+    doubtful: bool
+    """The direction is close to arbitrary; the method says when."""
+
+
 class CellGeometry(Frozen):
     """Where a layer's cells lie in the network's input, in model px, array order.
 

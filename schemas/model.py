@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.explanation import CellGeometry
+from schemas.explanation import CellGeometry, Reduction
 from schemas.frozen import Frozen
 from schemas.image import Kind
 
@@ -175,4 +175,6 @@ class ModelFacts(Frozen):
     """Of the explained layer."""
     grids: dict[str, CellGeometry]
     """Of each method asked for."""
+    reductions: dict[str, Reduction] = Field(default_factory=dict)
+    """Of each method asked for that sums over the image first."""
     weights_bytes: int

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from schemas.explanation import CamSpec, CellGeometry, Precision
+from schemas.explanation import CamSpec, CellGeometry, Precision, Reduction, SolvedState
 from schemas.frozen import Frozen, digest
 from schemas.geometry import Box
 from schemas.grid import GridSpec, Lattice
@@ -77,6 +77,8 @@ class TilesInfo(Frozen):
     image: ImageMeta
     lattice: Lattice
     grids: dict[str, MapGrid]
+    reductions: dict[str, Reduction] = Field(default_factory=dict)
+    """By method, of those that sum over all tiles first."""
     classes: tuple[str, ...]
     """Name of each score, in the network's order."""
     planned: int
@@ -114,6 +116,26 @@ class UnitTask(Frozen):
         return f"unit {self.unit}"
 
 
+class GroupTask(Frozen):
+    """Sum over one group of units, for the methods that need the whole image."""
+
+    group: int
+
+    @property
+    def key(self) -> str:
+        return f"group {self.group}"
+
+
+class SolveTask(Frozen):
+    """Solve the sums of one method."""
+
+    method: str
+
+    @property
+    def key(self) -> str:
+        return f"state of {self.method}"
+
+
 class BlockTask(Frozen):
     """Write one block (shard) of one level."""
 
@@ -138,7 +160,7 @@ class Report(Frozen):
 
     stage: str
     key: str
-    task: UnitTask | BlockTask | None = None
+    task: UnitTask | BlockTask | GroupTask | SolveTask | None = None
     done: int = 0
     """Tiles computed."""
     failed: int = 0
@@ -210,6 +232,8 @@ class ImageReport(Frozen):
     """Wall seconds a stage, and summed worker seconds a part."""
     flags: dict[str, int] = Field(default_factory=dict)
     """How many tile maps computed in this run carry a flag, such as `gradcam empty`."""
+    states: tuple[SolvedState, ...] = ()
+    """Of the methods that were solved once for the whole image."""
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
 
