@@ -30,6 +30,34 @@ Place = Callable[[SplitNet, tuple[int, ...], CellGeometry, Any], CellGeometry]
 """(network, `(C_in, *S)`, cells of the explained layer, options) -> cells of the method's own grid."""
 
 
+@dataclass(frozen=True)
+class Solved:
+    """What a method's sum over an image is solved for; one target."""
+
+    state: Tensor
+    """float64 `(*state)`, all that explaining a tile needs; NaN where no tile entered the sum."""
+    cells: float
+    """How many cells entered the sum."""
+    explained: float
+    """Share of the summed energy in the direction found, 0 to 1."""
+    doubtful: bool
+    """The direction is close to arbitrary."""
+
+
+@dataclass(frozen=True)
+class Slide:
+    """The parts of a method whose map of one tile depends on all tiles of the image: sum, solve once, project."""
+
+    shapes: Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]
+    """K channels -> shapes of the sum and of the state, of one target."""
+    collect: Callable[[View, Sequence[int], Any], Tensor]
+    """(a batch and one target, the rows to sum over, options) -> float64 `(*sum)`, additive over tiles."""
+    solve: Callable[[Tensor, Any], Solved]
+    """(float64 sum over the image, options) -> what was found."""
+    project: Callable[[View, Tensor, Any], Tensor]
+    """(a batch and one target, float64 state, options) -> raw map `(B, Z)`."""
+
+
 class Options(Frozen):
     """Settings of a method; a subclass a method that has any.
 
@@ -69,6 +97,8 @@ class Method:
     options: Options = field(default_factory=Options)
     place: Place | None = None
     """Where the cells of a method with a grid of its own lie; None: those of the explained layer."""
+    slide: Slide | None = None
+    """Where a map needs the whole image; `raw` then only says so."""
 
     def with_options(self, given: dict[str, str]) -> Method:
         """Set some options; the name then says so, the same way whatever the order they came in."""
@@ -101,7 +131,7 @@ GRADIENTS: tuple[Need, ...] = ("activations", "gradients")
 def row(
     name: str, title: str, raw: Raw, unit: Unit, citation: str, *, signed: bool = True, edition: str = "",
     needs: tuple[Need, ...] = GRADIENTS, class_specific: bool = True, weigh: Weigh | None = None,
-    options: Options | None = None, place: Place | None = None,
+    options: Options | None = None, place: Place | None = None, slide: Slide | None = None,
 ) -> Method:  # fmt: skip
     """A row of the table."""
     options = options or Options()
@@ -109,7 +139,7 @@ def row(
         name=name, title=title, needs=needs, unit=unit, signed=signed, class_specific=class_specific,
         citation=citation, edition=edition, options=options.text(every=True),
     )  # fmt: skip
-    return Method(info, raw, weigh, options, place)
+    return Method(info, raw, weigh, options, place, slide)
 
 
 def pure(f: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Doubt]]) -> Raw:
