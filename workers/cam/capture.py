@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from schemas.errors import ModelError
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 class Split(NamedTuple):
     """One pass through a split network."""
@@ -26,6 +28,8 @@ class Split(NamedTuple):
     """`(B, K, *grid)`, a leaf that requires a gradient."""
     scores: Tensor
     """`(B, C)`, attached to the activations."""
+    inputs: Tensor | None = None
+    """`(B, K_in, *S_in)`, what the layer was given, where it is a convolution."""
 
 
 class SplitNet(Protocol):
@@ -46,6 +50,10 @@ class SplitNet(Protocol):
 
     def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
         """One pass: leaf activations and the scores that depend on them; without a graph if not `differentiable`."""
+        ...
+
+    def end_to_end(self, x: Tensor) -> Tensor:
+        """Scores `(B, C)` attached to `x`, a leaf that requires a gradient: the graph spans the whole network."""
         ...
 
     def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
@@ -91,7 +99,7 @@ class HookedNet:
         self.module = module
         self.layer = layer
         self._call = int(call) if mark else None
-        self._target = _submodule(module, name)
+        self.target = submodule(module, name)
 
     def trunk(self, x: Tensor) -> Tensor:
         reached: list[Tensor] = []
@@ -119,8 +127,10 @@ class HookedNet:
             leaves.append(leaf)
             return leaf.clone() if differentiable else output
 
-        scores = self._run(x, tap)
-        return Split(_checked_activations(leaves[0], x, self.layer), scores)
+        with inputs_of(self.target) as given:
+            scores = self._run(x, tap)
+        inputs = given[self._call or 0] if given else None
+        return Split(checked_activations(leaves[0], x, self.layer), scores, inputs)
 
     def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
         return _gradient(y, activations, retain, self.layer)
@@ -143,12 +153,12 @@ class HookedNet:
                 return output
             # A network that runs its backbone under its own `no_grad` is still differentiable after the layer.
             torch.set_grad_enabled(True)
-            return _swap_first(output, swap, self.layer)
+            return swap_first(output, swap, self.layer)
 
-        with _frozen(self.module):
-            handle = self._target.register_forward_hook(hook)
+        with frozen(self.module):
+            handle = self.target.register_forward_hook(hook)
             try:
-                output = self.module(_plain(x))
+                output = self.module(plain(x))
             finally:
                 handle.remove()
         if calls <= wanted:
@@ -157,7 +167,7 @@ class HookedNet:
                 "(or is scripted, where hooks do not fire); name a layer that the forward pass uses"
             )
             raise ModelError(msg)
-        return _score_matrix(output, len(x))
+        return score_matrix(output, len(x))
 
 
 class PairNet:
@@ -182,22 +192,22 @@ class PairNet:
 
     def tail(self, activations: Tensor, x: Tensor) -> Tensor:
         _, carried = self._head(x)
-        with _frozen(self.module):
-            return _score_matrix(self.module["tail"](activations.clone(), *carried), len(x))
+        with frozen(self.module):
+            return score_matrix(self.module["tail"](activations.clone(), *carried), len(x))
 
     def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
         output, carried = self._head(x)
-        leaf = _checked_activations(output.requires_grad_(differentiable), x, self.layer)
-        with _frozen(self.module):
+        leaf = checked_activations(output.requires_grad_(differentiable), x, self.layer)
+        with frozen(self.module):
             scores = self.module["tail"](leaf.clone(), *carried)
-        return Split(leaf, _score_matrix(scores, len(x)))
+        return Split(leaf, score_matrix(scores, len(x)))
 
     def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
         return _gradient(y, activations, retain, self.layer)
 
     def _head(self, x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-        with _frozen(self.module), torch.no_grad():
-            output = self.module["trunk"](_plain(x))
+        with frozen(self.module), torch.no_grad():
+            output = self.module["trunk"](plain(x))
             first, *carried = output if isinstance(output, tuple | list) else (output,)
             return first.detach().clone(), tuple(carried)
 
@@ -207,7 +217,7 @@ class _Reached(Exception):
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """Eval mode and frozen parameters inside, every flag as found outside.
 
     Grad mode is on, yet nothing requires a gradient: a graph begins at the leaf and nowhere else, weight gradients are
@@ -230,12 +240,27 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def _plain(x: Tensor) -> Tensor:
+@contextmanager
+def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """What a convolution is given at each of its calls inside; of other layers nothing is kept."""
+    given: list[Tensor] = []
+    if not isinstance(layer, CONVOLUTIONS):
+        yield given
+        return
+    # cloned, since what follows may change it in place
+    handle = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].detach().clone()))
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
+def plain(x: Tensor) -> Tensor:
     """`x` without a graph, and not an inference tensor (which could not be saved for a gradient)."""
     return x.clone() if x.is_inference() else x.detach()
 
 
-def _submodule(module: nn.Module, name: str) -> nn.Module:
+def submodule(module: nn.Module, name: str) -> nn.Module:
     names = [n for n, _ in module.named_modules(remove_duplicate=False) if n]
     if name in names:
         return module.get_submodule(name)
@@ -245,7 +270,7 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
     raise ModelError(msg)
 
 
-def _swap_first(output: Any, swap: Callable[[Tensor], Tensor], layer: str) -> Any:
+def swap_first(output: Any, swap: Callable[[Tensor], Tensor], layer: str) -> Any:
     """`output` with its (first) tensor replaced; tuples and lists keep their type and the rest."""
     if isinstance(output, Tensor):
         return swap(output)
@@ -259,7 +284,7 @@ def _swap_first(output: Any, swap: Callable[[Tensor], Tensor], layer: str) -> An
     raise ModelError(msg)
 
 
-def _score_matrix(output: Any, batch: int) -> Tensor:
+def score_matrix(output: Any, batch: int) -> Tensor:
     """The network's output as `(B, C)` scores; of a tuple or list the first item."""
     if isinstance(output, tuple | list) and output:
         output = output[0]
@@ -272,7 +297,7 @@ def _score_matrix(output: Any, batch: int) -> Tensor:
     return output
 
 
-def _checked_activations(leaf: Tensor, x: Tensor, layer: str) -> Tensor:
+def checked_activations(leaf: Tensor, x: Tensor, layer: str) -> Tensor:
     if leaf.ndim < 3 or len(leaf) != len(x):
         msg = (
             f"layer {layer!r} gives shape {tuple(leaf.shape)} for {len(x)} tiles; expected ({len(x)}, channels, *grid): "

@@ -48,6 +48,8 @@ class View:
         `(B, K, *grid)` detached, in the network's precision.
     a
         The same as `(B, K, Z)`, at least float32.
+    inputs
+        `(B, K_in, *S_in)`, what the layer was given, where it is a convolution of an eager network; else None.
     scores
         `(B, C)` detached, at least float32.
     target
@@ -62,6 +64,7 @@ class View:
         self.grid = batch.grid
         self.a = batch.a
         self.scores = batch.scores
+        self.inputs = batch.split.inputs
         self.target = target.to(batch.scores.dtype).expand_as(batch.scores)
         self._split = batch.split
         self._retain = retain
@@ -77,6 +80,12 @@ class View:
         with torch.enable_grad():
             y = self.y(self._split.scores)
         return full(self.net.grad(y, self._split.activations, retain=self._retain)).flatten(2)
+
+    def gradient(self, target: Tensor) -> Tensor:
+        """`(B, K, Z)` gradient of another functional `(B, C)` of the same scores; such a method needs `tail`."""
+        with torch.enable_grad():
+            y = (full(self._split.scores) * target).sum(1)
+        return full(self.net.grad(y, self._split.activations, retain=True)).flatten(2)
 
     def noise(self, sample: int) -> Tensor:
         """Standard normal noise like `x`, a function of each tile's seed and of `sample` alone."""
