@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntFlag
 
 import torch
@@ -14,6 +14,7 @@ from workers.cam.capture import SplitNet
 from workers.cam.head import LinearHead, linear_head
 from workers.cam.method import Doubt, Method, Weigh
 from workers.cam.methods import method
+from workers.cam.noise import NoisyNet
 from workers.cam.targets import ResolvedTarget, functionals
 from workers.cam.view import Batch, View
 
@@ -56,6 +57,7 @@ def explain(
     targets: Sequence[ResolvedTarget],
     methods: Sequence[str],
     seeds: Tensor | None = None,
+    gradient_noise: float = 0.0,
 ) -> Explained:
     """Explain a batch by several methods at once.
 
@@ -75,6 +77,10 @@ def explain(
         Names of `workers.cam.methods.METHODS`, options included.
     seeds
         `(B,)` int64 for methods that use noise; None: 0, 1, 2...
+    gradient_noise
+        Above 0: noise is added to every gradient before a method sees it, its standard deviation that share of the
+        gradient's own, a function of each tile's seed; to measure robustness. The true gradient is then taken even
+        where the tail is a linear head. Methods that need no gradient are not touched.
 
     Returns
     -------
@@ -95,13 +101,23 @@ def explain(
     # Whatever mode the caller is in: an inference tensor could not be saved for a gradient.
     with torch.inference_mode(False), torch.no_grad():
         x = x.clone() if x.is_inference() else x.detach()
-        return _explain(net, x, targets, rows, _seeds(x, seeds))
+        seeds = _seeds(x, seeds)
+        if not (gradient_noise and rows):
+            return _explain(net, x, targets, rows, seeds)
+        alone = []  # one at a time: a method's noise does not hang on what the others asked before
+        for name, row in rows.items():
+            asked = NoisyNet(net, gradient_noise, seeds) if "gradients" in row.info.needs else net
+            alone.append(_explain(asked, x, targets, {name: row}, seeds))
+        maps = {name: found for part in alone for name, found in part.maps.items()}
+        flags = {name: found for part in alone for name, found in part.flags.items()}
+        return replace(alone[0], maps=maps, flags=flags)
 
 
 def _explain(
     net: SplitNet, x: Tensor, targets: Sequence[ResolvedTarget], rows: dict[str, Method], seeds: Tensor
 ) -> Explained:
-    head = linear_head(net, x) if any(r.weigh for r in rows.values()) else None
+    weighs = any(r.weigh for r in rows.values()) and not isinstance(net, NoisyNet)
+    head = linear_head(net, x) if weighs else None
     rest = [r for r in rows.values() if "gradients" in r.info.needs and not (head and r.weigh)]
     batch = Batch(net, x, net.forward(x, differentiable=bool(rest)), seeds)
     if head is not None and not head.speaks_for(batch.a, batch.scores):
@@ -109,7 +125,8 @@ def _explain(
         batch = Batch(net, x, net.forward(x), batch.seeds)
     by_weight = {n: r.weigh for n, r in rows.items() if r.weigh is not None and head is not None}
     weights, index = functionals(batch.scores, targets)
-    views = [View(batch, w, retain=t + 1 < len(weights)) for t, w in enumerate(weights)]
+    again = any("tail" in r.info.needs for r in rows.values())
+    views = [View(batch, w, retain=again or t + 1 < len(weights)) for t, w in enumerate(weights)]
 
     maps, flags = {}, {}
     for name, row in rows.items():

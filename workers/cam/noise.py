@@ -1,0 +1,57 @@
+"""Noise on gradients, for asking how much of a map hangs on them: it enters before any method sees them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from workers.cam.capture import Split, SplitNet
+
+
+class NoisyNet:
+    """A split network whose gradients carry Gaussian noise; everything else is the network's own.
+
+    Every gradient asked of it, at whichever activations, is perturbed: a measure of robustness whose noise lands in a
+    tensor that no method uses says nothing.
+
+    Parameters
+    ----------
+    net
+        The network.
+    relative
+        Standard deviation of the noise, as a share of the standard deviation of each tile's own gradient.
+    seeds
+        `(B,)` int64, a seed a tile. Row `r` of a gradient of `n * B` rows is noised by the seed of tile `r % B`, by `r // B`
+        and by the number of the call, so that repeated gradients are noised independently.
+    """
+
+    def __init__(self, net: SplitNet, relative: float, seeds: Tensor) -> None:
+        self._net = net
+        self._relative = relative
+        self._seeds = seeds.tolist()
+        self.calls = 0
+
+    @property
+    def module(self) -> nn.Module:
+        return self._net.module
+
+    def trunk(self, x: Tensor) -> Tensor:
+        return self._net.trunk(x)
+
+    def tail(self, activations: Tensor, x: Tensor) -> Tensor:
+        return self._net.tail(activations, x)
+
+    def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
+        return self._net.forward(x, differentiable=differentiable)
+
+    def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
+        g = self._net.grad(y, activations, retain)
+        std = g.detach().flatten(1).float().std(1, correction=0)
+        noise = torch.stack([self._row(r, g.shape[1:]) for r in range(len(g))]).to(g)
+        self.calls += 1
+        return g + noise * (self._relative * std).to(g).view(-1, *(1,) * (g.ndim - 1))
+
+    def _row(self, row: int, shape: torch.Size) -> Tensor:
+        turn, tile = divmod(row, len(self._seeds))
+        seed = (self._seeds[tile] * 1_000_003 + turn) * 1_000_003 + self.calls
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed % 2**63))
