@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ from workers.store.tiles import TilesStore
 
 BATCHES_AHEAD = 2
 """Mini-batches decoded while the device computes."""
+UNITS_AHEAD = 2
+"""Units of which the first mini-batch may wait, decoded: as many as a pool keeps submitted to a worker."""
 DECODERS_MOST = 4
 """Decode threads beside a network that computes on the same cores."""
 
@@ -121,6 +123,11 @@ class Explainer:
             device=self._tiles.device,
         )
 
+    def expect(self, task: Task) -> None:
+        """Begin to decode the first mini-batch of a unit."""
+        if isinstance(task, UnitTask):
+            self._tiles.expect(self._store.boxes(self._store.unit_rows(task.unit)))
+
     def close(self) -> None:
         """Stop the decode threads and close their handles."""
         self._tiles.close()
@@ -171,6 +178,7 @@ class TileComputer:
             # The host's threads are free while the device computes.
             decoders = int(os.environ.get("OMP_NUM_THREADS", DECODERS_MOST))
         self._readers = _Readers(info)
+        self._early: OrderedDict[bytes, list[Future[NDArray[Any]]]] = OrderedDict()
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._decoders.submit(self._readers.check).result()
 
@@ -198,6 +206,16 @@ class TileComputer:
                 values[row] = np.nan
         return Computed(scores, index, maps, errors, parts, tuple(dict.fromkeys(notes)), dict(flags))
 
+    def expect(self, boxes: NDArray[np.int64]) -> None:
+        """Begin to decode the first mini-batch of `boxes`, for a `compute` to come."""
+        self._early[boxes.tobytes()] = self._decode(boxes[: self.info.spec.batch])
+        while len(self._early) > UNITS_AHEAD:
+            for future in self._early.popitem(last=False)[1]:
+                future.cancel()
+
+    def _decode(self, boxes: NDArray[np.int64]) -> list[Future[NDArray[Any]]]:
+        return [self._decoders.submit(self._readers.read, box) for box in boxes]
+
     def _batches(
         self, boxes: NDArray[np.int64], parts: dict[str, float]
     ) -> Iterator[tuple[int, NDArray[Any], dict[int, str]]]:
@@ -209,8 +227,8 @@ class TileComputer:
         def submit() -> None:
             first = next(firsts, None)
             if first is not None:
-                batch = boxes[first : first + size]
-                ahead.append((first, [self._decoders.submit(self._readers.read, box) for box in batch]))
+                early = self._early.pop(boxes.tobytes(), None) if first == 0 else None
+                ahead.append((first, early or self._decode(boxes[first : first + size])))
 
         for _ in range(1 + BATCHES_AHEAD):
             submit()

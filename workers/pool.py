@@ -37,6 +37,13 @@ class Worker(Protocol):
         """Do the task, all of it, to the store; may be called twice for one task."""
         ...
 
+    def expect(self, task: Task) -> None:
+        """Told, perhaps from another thread while `run` is at work, what comes next: reading may begin.
+
+        A hint: never raises, and `run` may be called with another task.
+        """
+        ...
+
     def close(self) -> None:
         """Release handles."""
         ...
@@ -185,10 +192,16 @@ class SerialPool:
 
     def run(self, stage: Stage, tasks: Iterable[Task]) -> Iterator[Report]:
         key = stage.key
-        for task in tasks:
+        coming = iter(tasks)
+        task = next(coming, None)
+        while task is not None:
+            following = next(coming, None)
             with self._lock:
-                report = perform(self._worker(key, stage), stage.name, task, self._attempts)
-            report = report.model_copy(update={"worker": "serial"})
+                worker = self._worker(key, stage)
+                if following is not None:
+                    worker.expect(following)
+                report = perform(worker, stage.name, task, self._attempts)
+            task, report = following, report.model_copy(update={"worker": "serial"})
             if report.error:
                 log_given_up(report)
             yield report

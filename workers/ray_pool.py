@@ -207,6 +207,11 @@ class _Host:
             return portable(error)
         return None
 
+    @ray.method(concurrency_group="signs")
+    def expect(self, key: str, task: Task) -> None:
+        if key in self._workers:
+            self._workers[key].expect(task)
+
     def run(self, key: str, stage: str, task: Task) -> Report | Exception:
         try:
             return perform(self._workers[key], stage, task)
@@ -228,7 +233,7 @@ class _Actor:
     """A `_Host` as a `workers.dispatch.Replica`."""
 
     def __init__(self, lane: Lane) -> None:
-        # Pings have a thread of their own: a host at work still answers.
+        # Pings and hints have a thread of their own: a host at work still answers.
         host = ray.remote(concurrency_groups={"signs": 1})(_Host)  # type: ignore[call-overload]
         self._actor: Any = host.options(**lane.options).remote()
 
@@ -239,7 +244,9 @@ class _Actor:
         return _future(self._actor.load.remote(key, stage.worker, stage.init, drop))
 
     def run(self, key: str, stage: str, task: Task) -> Future[Report]:
-        return _future(self._actor.run.remote(key, stage, task))
+        answer = _future(self._actor.run.remote(key, stage, task))
+        self._actor.expect.remote(key, task)  # a host at work on another task reads ahead
+        return answer
 
     def kill(self) -> None:
         ray.kill(self._actor, no_restart=True)

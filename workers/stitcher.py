@@ -73,6 +73,9 @@ class Stitcher:
             bytes_written=written,
         )
 
+    def expect(self, task: Task) -> None:
+        """Nothing can be read ahead: a block is free to be written the moment its tiles are done."""
+
     def close(self) -> None:
         """Nothing is held open."""
 

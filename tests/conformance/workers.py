@@ -39,6 +39,9 @@ class Counting:
             file.write(f"{os.getpid()}\n")
         return len(path.read_text().splitlines())
 
+    def expect(self, task: Task) -> None:
+        """Nothing to read."""
+
     def run(self, task: Task) -> Report:
         time.sleep(self.init.sleep)
         assert isinstance(task, UnitTask)

@@ -36,6 +36,9 @@ class Squares:
     def __init__(self, init: Name) -> None:
         self.name = init.name
 
+    def expect(self, task: Task) -> None:
+        """Nothing to read."""
+
     def run(self, task: Task) -> Report:
         assert isinstance(task, UnitTask)
         self.seen.append((threading.current_thread().name, self.name, task.unit))
