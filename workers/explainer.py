@@ -95,6 +95,8 @@ class Explainer:
             )
             raise StoreError(msg)
         self._tiles = TileComputer(self._store.info, init)
+        self._unit: int | None = None
+        """Being computed, or the last that was: a hint of it comes too late."""
 
     def run(self, task: Task) -> Report:
         """Compute every tile of the unit and write its chunks; a tile that cannot be read is recorded."""
@@ -102,6 +104,7 @@ class Explainer:
             msg = f"an explainer computes units; found {task!r}"
             raise TypeError(msg)
         began = time.perf_counter()
+        self._unit = task.unit
         rows = self._store.unit_rows(task.unit)
         found = self._tiles.compute(self._store.boxes(rows), rows)
         clock = time.perf_counter()
@@ -125,7 +128,7 @@ class Explainer:
 
     def expect(self, task: Task) -> None:
         """Begin to decode the first mini-batch of a unit."""
-        if isinstance(task, UnitTask):
+        if isinstance(task, UnitTask) and task.unit != self._unit:
             self._tiles.expect(self._store.boxes(self._store.unit_rows(task.unit)))
 
     def close(self) -> None:
