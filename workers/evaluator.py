@@ -39,7 +39,7 @@ def planted_lesion_scores(slide: Path, truth: Path, folder: Path) -> dict[str, d
     mask = tissue_mask(pixels, size, TissueSpec()).mask
     shape, step = grid.levels[0], grid.downsample[0]
     tissue = at_pixel_centres(mask, downsample, shape, step).astype(bool)
-    planted = _at_centres(str(truth), options, shape, step)
+    planted = at_centres(str(truth), options, shape, step)
     darkness = 255.0 - at_pixel_centres(pixels.mean(axis=0), downsample, shape, step)
     table = {
         channel.label: lesion_scores(_channel(heatmap, i), planted, tissue)
@@ -61,8 +61,8 @@ def rim_lesion_scores(volume: Path, truth: Path, folder: Path) -> dict[str, dict
     heatmap = HeatmapStore.open(folder / "heatmap.ome.zarr")
     grid = heatmap.info.grid
     shape, step = grid.levels[0], grid.downsample[0]
-    planted = _at_centres(str(truth), ReadOptions(), shape, step).astype(int)
-    raw = _at_centres(str(volume), ReadOptions(), shape, step)
+    planted = at_centres(str(truth), ReadOptions(), shape, step).astype(int)
+    raw = at_centres(str(volume), ReadOptions(), shape, step)
     table = {
         channel.label: rim_scores(_channel(heatmap, i), planted)
         for i, channel in enumerate(heatmap.info.channels)
@@ -71,7 +71,7 @@ def rim_lesion_scores(volume: Path, truth: Path, folder: Path) -> dict[str, dict
     return table
 
 
-def _at_centres(uri: str, options: ReadOptions, shape: tuple[int, ...], downsample: int) -> NDArray[Any]:
+def at_centres(uri: str, options: ReadOptions, shape: tuple[int, ...], downsample: int) -> NDArray[Any]:
     """First channel of an image under the centre of each heatmap pixel, read a band at a time."""
     reader = open_image(uri, options)
     size = reader.meta.shape_l0

@@ -1,0 +1,132 @@
+"""How far each method's maps of one network can be trusted: class sensitivity, robustness and cost, on given tiles."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from schemas.errors import ModelError
+from schemas.geometry import Box
+from schemas.image import ReadOptions
+from workers.cam.explain import Explained, explain
+from workers.cam.methods import method
+from workers.cam.noise import NoisyNet
+from workers.cam.reduce import collect, solve
+from workers.cam.targets import ResolvedTarget, resolve
+from workers.evaluator import at_centres
+from workers.metrics.sensitivity import Measured, Robustness, class_sensitivity, robustness
+from workers.models.adapter import ModelAdapter
+from workers.readers import open_image
+
+NOISE = 0.1
+"""Standard deviation of the noise on gradients, as a share of the gradient's own."""
+TIMED_S = 1.0
+"""A quick method is timed again until so much time is spent."""
+TIMED_MOST = 5
+TRUTH_PX = 1024
+"""Longest side at which a truth is looked through for places."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """One method on one network's tiles."""
+
+    method: str
+    reason: str = ""
+    """Why the network cannot take the method; nothing else is known then."""
+    seconds_per_1000: float = float("nan")
+    """Of tiles, one target each, after a first pass over the same tiles; reading them is not counted."""
+    sensitivity: Measured | None = None
+    """Rank correlation of the maps for the highest and the lowest class."""
+    robustness: Robustness | None = None
+    """None: the method uses no gradient."""
+
+
+def measure(model: ModelAdapter, pixels: NDArray[Any], name: str, *, noise: float = NOISE) -> Trust:
+    """Measure one method alone.
+
+    Parameters
+    ----------
+    model
+        The network, on the device that is timed.
+    pixels
+        `(B, C_in, *S)` as read; all are explained in one batch.
+    name
+        Of `workers.cam.methods.METHODS`, options included.
+    noise
+        Of the robustness test, as a share of the gradient's own standard deviation; 0 leaves the test out.
+    """
+    x = model.prepare(pixels)
+    output = model.card.output
+    classes = resolve([str(i) for i in range(max(model.n_outputs, 2))], output, model.n_outputs)
+    one = resolve([output.default_target or "0"], output, model.n_outputs)
+
+    def maps(
+        targets: Sequence[ResolvedTarget], gradient_noise: float = 0.0
+    ) -> tuple[NDArray[Any], Explained]:
+        states = {}
+        if method(name).slide is not None:  # these tiles are the image
+            rows = range(len(x))
+            noisy = NoisyNet(model.net, gradient_noise, torch.arange(len(x))) if gradient_noise else model.net
+            states = {name: solve(name, collect(noisy, x, targets, [name], rows)[name])}
+        found = explain(model.net, x, targets, [name], gradient_noise=gradient_noise, states=states)
+        return found.maps[name].cpu().numpy(), found
+
+    try:
+        plain, found = maps(classes)
+    except ModelError as error:
+        return Trust(name, reason=str(error))
+    sensitivity = class_sensitivity(plain, found.scores.cpu().numpy(), tuple(x.shape[2:]))
+    robust = None
+    if noise and "gradients" in method(name).info.needs:
+        target = int(one[0].index or 0)
+        robust = robustness(plain[:, target], maps(one, noise)[0][:, 0])
+    seconds: list[float] = []
+    while len(seconds) < TIMED_MOST and sum(seconds) < TIMED_S:
+        began = time.perf_counter()
+        maps(one)  # on the host at its end, whatever the device
+        seconds.append(time.perf_counter() - began)
+    per_1000 = statistics.median(seconds) * 1000 / len(pixels)
+    return Trust(name, seconds_per_1000=per_1000, sensitivity=sensitivity, robustness=robust)
+
+
+def planted_tiles(
+    image: str, truth: str, tile: tuple[int, ...], values: tuple[int, ...], each: int, seed: int
+) -> NDArray[Any]:
+    """Level-0 tiles of an image around what was planted in it.
+
+    Parameters
+    ----------
+    truth
+        Image of the same size.
+    values
+        Values of the truth: a tile holds a pixel of one of them, anywhere in its inner half.
+    each
+        How many tiles for each value.
+
+    Returns
+    -------
+    NDArray
+        `(len(values) * each, C, *tile)`, the values in turn.
+    """
+    rng = np.random.default_rng(seed)
+    reader = open_image(image)
+    size = np.array(reader.meta.shape_l0)
+    step = max(1, int(size.max()) // TRUTH_PX)
+    labels = at_centres(truth, ReadOptions(), tuple(-(-size // step)), step)
+    places = [rng.permutation(np.argwhere(labels == value))[:each] * step for value in values]
+    tiles = []
+    for centre in np.stack(places, axis=1).reshape(-1, len(size)):
+        shift = rng.integers(-(np.array(tile) // 4), np.array(tile) // 4 + 1)
+        start = np.clip(centre + shift - np.array(tile) // 2, 0, size - tile)
+        box = Box(frame="l0", start=tuple(start.tolist()), stop=tuple((start + tile).tolist()))
+        tiles.append(reader.read(box, tile, 0)[0])
+    reader.close()
+    return np.stack(tiles)
