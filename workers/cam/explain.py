@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntFlag
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from schemas.errors import SpecError
 from workers.cam.capture import SplitNet
 from workers.cam.head import LinearHead, linear_head
-from workers.cam.method import Doubt, Method, Weigh
+from workers.cam.method import Doubt, Method, Solved, Weigh
 from workers.cam.methods import method
 from workers.cam.noise import NoisyNet
 from workers.cam.targets import ResolvedTarget, functionals
@@ -58,6 +58,7 @@ def explain(
     methods: Sequence[str],
     seeds: Tensor | None = None,
     gradient_noise: float = 0.0,
+    states: Mapping[str, Sequence[Solved]] | None = None,
 ) -> Explained:
     """Explain a batch by several methods at once.
 
@@ -81,6 +82,8 @@ def explain(
         Above 0: noise is added to every gradient before a method sees it, its standard deviation that share of the
         gradient's own, a function of each tile's seed; to measure robustness. The true gradient is then taken even
         where the tail is a linear head. Methods that need no gradient are not touched.
+    states
+        Of the methods that need the whole image, from `workers.cam.reduce.solve`: one a target, or one for all.
 
     Returns
     -------
@@ -90,7 +93,7 @@ def explain(
     Raises
     ------
     SpecError
-        An unknown method or option, or no target.
+        An unknown method or option, or no target; a method of the whole image without its state.
     ModelError
         The layer cannot be explained (not on the path, no spatial axes), or not by that method.
     """
@@ -103,18 +106,23 @@ def explain(
         x = x.clone() if x.is_inference() else x.detach()
         seeds = _seeds(x, seeds)
         if not (gradient_noise and rows):
-            return _explain(net, x, targets, rows, seeds)
+            return _explain(net, x, targets, rows, seeds, states or {})
         alone = []  # one at a time: a method's noise does not hang on what the others asked before
         for name, row in rows.items():
             asked = NoisyNet(net, gradient_noise, seeds) if "gradients" in row.info.needs else net
-            alone.append(_explain(asked, x, targets, {name: row}, seeds))
+            alone.append(_explain(asked, x, targets, {name: row}, seeds, states or {}))
         maps = {name: found for part in alone for name, found in part.maps.items()}
         flags = {name: found for part in alone for name, found in part.flags.items()}
         return replace(alone[0], maps=maps, flags=flags)
 
 
 def _explain(
-    net: SplitNet, x: Tensor, targets: Sequence[ResolvedTarget], rows: dict[str, Method], seeds: Tensor
+    net: SplitNet,
+    x: Tensor,
+    targets: Sequence[ResolvedTarget],
+    rows: dict[str, Method],
+    seeds: Tensor,
+    states: Mapping[str, Sequence[Solved]],
 ) -> Explained:
     weighs = any(r.weigh for r in rows.values()) and not isinstance(net, NoisyNet)
     head = linear_head(net, x) if weighs else None
@@ -134,7 +142,7 @@ def _explain(
             raw, doubtful = _weighted_channels(batch.a, head, weights, by_weight[name])
             raw = raw.reshape(*raw.shape[:2], *batch.grid)
         else:
-            raw, doubtful = _each_target(row, views)
+            raw, doubtful = _each_target(row, views, states.get(name, ()))
         sound = batch.sound[:, None]
         valid = sound & raw.isfinite().flatten(2).all(-1)
         if row.info.class_specific and "gradients" in row.info.needs and name not in by_weight:
@@ -149,12 +157,17 @@ def _seeds(x: Tensor, seeds: Tensor | None) -> Tensor:
     return torch.arange(len(x)) if seeds is None else seeds.cpu()
 
 
-def _each_target(row: Method, views: Sequence[View]) -> tuple[Tensor, Tensor]:
+def _each_target(row: Method, views: Sequence[View], states: Sequence[Solved]) -> tuple[Tensor, Tensor]:
     """Maps `(B, T, *grid)` and doubt `(B, T)`, a target after the other."""
     done: list[tuple[Tensor, Doubt]] = []
-    for view in views:
-        again = done and not row.info.class_specific
-        done.append(done[0] if again else row.raw(view, row.options))
+    for t, view in enumerate(views):
+        if done and not row.info.class_specific:
+            done.append(done[0])
+        elif row.slide is not None and states:
+            raw = row.slide.project(view, states[t].state.to(view.a.device), row.options)
+            done.append((raw, torch.full_like(raw[:, 0], states[t].doubtful, dtype=torch.bool)))
+        else:
+            done.append(row.raw(view, row.options))
     raw = torch.stack([m.detach() for m, _ in done], dim=1)
     doubtful = torch.stack(
         [raw.new_zeros(len(raw), dtype=torch.bool) if d is None else d for _, d in done], 1
