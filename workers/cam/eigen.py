@@ -141,8 +141,9 @@ def principal(m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def centre(m: Tensor) -> Tensor:
-    """`(B, K, Z)` without each channel's mean over the cells."""
-    return m - m.mean(-1, keepdim=True)
+    """`(B, K, Z)` without each channel's mean over the cells; a channel equal in all cells is 0, not rounding."""
+    varies = m.amax(-1, keepdim=True) > m.amin(-1, keepdim=True)
+    return torch.where(varies, m - m.mean(-1, keepdim=True), 0.0)
 
 
 def eigencam(a: Tensor, centred: bool = False) -> tuple[Tensor, Tensor]:
@@ -196,6 +197,13 @@ class EigenOptions(Options):
 
     centred: bool = False
     """Take each channel's mean off first."""
+
+    def facts(self) -> dict[str, Any]:
+        return (
+            {"signed": True, "edition": "channels centred (pytorch-grad-cam), sign fixed"}
+            if self.centred
+            else {}
+        )
 
 
 def _eigencam(view: View, options: Any) -> tuple[Tensor, Tensor]:

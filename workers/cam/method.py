@@ -73,6 +73,10 @@ class Options(Frozen):
             tuple(value.split("-")) if isinstance(value, str) and get_origin(annotation) is tuple else value
         )
 
+    def facts(self) -> dict[str, Any]:
+        """Fields of `MethodInfo` that these settings change, such as `signed`; a subclass says so where any does."""
+        return {}
+
     def text(self, *, every: bool = False) -> dict[str, str]:
         """Options as text, those at their default left out unless `every`."""
         fields = type(self).model_fields
@@ -118,7 +122,8 @@ class Method:
             msg = f"{self.info.name}: option {where} = {first['input']!r}: {first['msg']}"
             raise SpecError(msg) from error
         name = "+".join([self.info.name, *(f"{k}={v}" for k, v in options.text().items())])
-        return replace(self, info=self.info.model_copy(update={"name": name}), options=options)
+        info = self.info.model_copy(update={"name": name, **options.facts()})
+        return replace(self, info=info, options=options)
 
     def cells(self, net: SplitNet, input_shape: Sequence[int], layer: CellGeometry) -> CellGeometry:
         """Where this method's cells lie in a tile of `(C_in, *S)`, given those of the explained layer."""
