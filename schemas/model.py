@@ -130,6 +130,23 @@ class CamLayer(Frozen):
     """`[cam]`: the layer that is explained unless another is asked for."""
 
     layer: str
+    layout: Literal["channels_first", "channels_last", "tokens", ""] = ""
+    """How its output lies: `(B, K, *grid)`, `(B, *grid, K)` (Swin) or `(B, tokens, K)` (ViT). Empty: tokens where it has one
+    axis for a tile of several, else channels first."""
+    prefix_tokens: int | None = Field(default=None, ge=0)
+    """Class and register tokens before the patches. None: inferred where only one number is possible."""
+    token_grid: tuple[int, ...] = ()
+    """Patches an axis, array order. Empty: inferred where only one grid of square patches is possible."""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if any(n < 1 for n in self.token_grid):
+            msg = f"[cam] token_grid = {list(self.token_grid)}: every size must be at least 1"
+            raise ValueError(msg)
+        if self.layout.startswith("channels") and (self.prefix_tokens is not None or self.token_grid):
+            msg = f"[cam] layout {self.layout!r} has neither prefix_tokens nor token_grid; remove them, or write layout = 'tokens'"
+            raise ValueError(msg)
+        return self
 
 
 class BagSpec(Frozen):
