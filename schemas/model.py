@@ -102,28 +102,134 @@ class InputSpec(Frozen):
         return (self.mpp, self.mpp)
 
 
+BETWEEN = "~"
+"""Parts the names of a contrast."""
+MINUS = "minus"
+"""Before it, one name: its score with the sign turned."""
+RESERVED = ("predicted", "all", MINUS)
+"""Targets by these names are no classes."""
+
+_OF_KIND = {
+    "region": ("mask",),
+    "references": ("embedding",),
+    "references_sha256": ("embedding",),
+    "similarity": ("embedding",),
+    "symbol_score": ("sequence",),
+    "vocabulary": ("sequence",),
+    "padding": ("sequence",),
+    "prefix": ("sequence",),
+}
+"""Keys that say something of some kinds only."""
+
+
 class OutputSpec(Frozen):
     """`[output]`: what the numbers that come out mean."""
 
-    kind: Literal["logits", "logit", "regression", "embedding", "mask"] = "logits"
+    kind: Literal["logits", "logit", "regression", "embedding", "mask", "sequence"] = "logits"
+    """`(B, C)` logits; `(B, 1)` one logit for two classes; `(B, C)` values; `(B, D)`; `(B, C, *S)` logits a voxel;
+    `(B, T, V)` logits of V symbols at T positions."""
     classes: tuple[str, ...] = ()
+    """Names of the scores: classes, outputs, mask channels, reference vectors, positions."""
     default_target: str = ""
+    region: Literal["predicted", "positive", "tile"] = "predicted"
+    """Masks: a class's score is the sum of its logits over the voxels it wins, over those where its logit is above 0
+    (channels that are no alternatives), or over the whole tile."""
+    references: str = ""
+    """Embeddings: safetensors file, path relative to the card, with a vector for each of `classes`. None: the
+    coordinates themselves are the scores."""
+    references_sha256: Sha256 | Literal[""] = ""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    symbol_score: Literal["logit", "log_prob"] = "logit"
+    """Sequences: of the symbol emitted at each position."""
+    vocabulary: tuple[str, ...] = ()
+    """Sequences: names of the symbols, in order."""
+    padding: int | None = Field(default=None, ge=0)
+    """Sequences: index of a symbol that means nothing."""
+    prefix: Literal["fixed", "free", ""] = ""
+    """Sequences: whether earlier symbols are constants to later ones (teacher forcing, hard samples) or gradients pass
+    through them (soft samples); recorded, and part of what a map means."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
         if len(set(self.classes)) != len(self.classes):
             msg = f"[output] classes = {list(self.classes)}: names must differ"
             raise ValueError(msg)
+        reserved = (*RESERVED, "sum") if self.kind == "sequence" else RESERVED
+        for name in self.classes:
+            if not name or name in reserved or BETWEEN in name:
+                msg = f"[output] classes: {name!r} means something else as a target; avoid {', '.join(reserved)} and {BETWEEN!r}"
+                raise ValueError(msg)
         if self.kind == "logits" and not self.classes:
             msg = "[output] kind 'logits' needs classes = [...], one name a logit, in order"
             raise ValueError(msg)
         if self.kind == "logit" and len(self.classes) not in (0, 1, 2):
             msg = "[output] kind 'logit' takes at most two classes: [negative, positive] or [positive]"
             raise ValueError(msg)
-        if self.default_target and self.default_target not in (*self.classes, "predicted", "all"):
+        self._check_kind()
+        known = (*self.classes, *RESERVED, "sum")
+        if self.classes and not set(self.default_target.split(BETWEEN)) <= {"", *known}:
             msg = f"[output] default_target = {self.default_target!r} is none of {[*self.classes, 'predicted', 'all']}"
             raise ValueError(msg)
         return self
+
+    def _check_kind(self) -> None:
+        for key, kinds in _OF_KIND.items():
+            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
+                msg = f"[output] {key} says nothing of kind {self.kind!r}, only of {kinds[0]!r}; remove it"
+                raise ValueError(msg)
+        if bool(self.references) and not self.references_sha256:
+            msg = "[output] references is given without references_sha256; a digest is needed to know what was run"
+            raise ValueError(msg)
+        if self.references_sha256 and not self.classes:
+            msg = "[output] references needs classes = [...], the names of its vectors to explain, in order"
+            raise ValueError(msg)
+        if self.kind == "sequence" and not self.prefix:
+            msg = (
+                "[output] kind 'sequence' needs prefix = 'fixed' (earlier symbols are constants: teacher forcing, hard "
+                "samples) or 'free' (gradients pass through them)"
+            )
+            raise ValueError(msg)
+        if self.padding is not None and self.vocabulary and self.padding >= len(self.vocabulary):
+            msg = f"[output] padding = {self.padding} is no symbol of the {len(self.vocabulary)} in vocabulary"
+            raise ValueError(msg)
+
+    @property
+    def each(self) -> str:
+        """What the scores are, as a plural."""
+        if self.kind == "embedding":
+            return "references" if self.references_sha256 else "coordinates"
+        return {"regression": "outputs", "sequence": "positions"}.get(self.kind, "classes")
+
+    @property
+    def quantity(self) -> str:
+        """What one score is."""
+        match self.kind:
+            case "logits" | "logit":
+                return "logit"
+            case "regression":
+                return "value"
+            case "embedding" if self.references_sha256:
+                return {"cosine": "cosine similarity to the reference", "dot": "dot product with the reference"}[
+                    self.similarity
+                ]
+            case "embedding":
+                return "coordinate of the embedding"
+            case "mask":
+                where = {
+                    "predicted": "the pixels where the class is predicted",
+                    "positive": "the pixels where it is above 0",
+                    "tile": "the tile",
+                }
+                return f"sum of the logit over {where[self.region]}"
+        score = "logit" if self.symbol_score == "logit" else "log probability"
+        return f"{score} of the symbol emitted at the position"
+
+    @property
+    def in_logits(self) -> bool:
+        """Whether a score is a logit, or a sum of some."""
+        return self.quantity.split(" over ")[0] in ("logit", "sum of the logit") or (
+            self.kind == "sequence" and self.symbol_score == "logit"
+        )
 
 
 class CamLayer(Frozen):

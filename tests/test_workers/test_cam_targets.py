@@ -60,12 +60,6 @@ def test_classes_must_fit_the_network() -> None:
         resolve(["all"], PAIR, 2)
 
 
-@pytest.mark.parametrize("kind", ["embedding", "mask"])
-def test_outputs_without_scores_are_refused(kind: str) -> None:
-    with pytest.raises(SpecError, match=kind):
-        resolve(["all"], OutputSpec.model_validate({"kind": kind}), 3)
-
-
 def test_a_single_logit_speaks_for_both_classes() -> None:
     scores = torch.tensor([[2.0], [-3.0]])
     y, index = select(scores, resolve(["malignant", "benign", "predicted"], PAIR, 1))

@@ -9,14 +9,17 @@ networks that come as two callables (TorchScript pairs, cut `torch.export` progr
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from schemas.errors import ModelError
+from workers.cam.readout import Readout, Scores
+from workers.cam.tokens import AS_FOUND, Arrangement, TokenLayout
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -27,7 +30,7 @@ class Split(NamedTuple):
     activations: Tensor
     """`(B, K, *grid)`, a leaf that requires a gradient."""
     scores: Tensor
-    """`(B, C)`, attached to the activations."""
+    """`(B, C)`, attached to the activations; of another shape where the readout has still to make scores of it."""
     inputs: Tensor | None = None
     """`(B, K_in, *S_in)`, what the layer was given, where it is a convolution."""
 
@@ -40,12 +43,28 @@ class SplitNet(Protocol):
         """The network, read-only."""
         ...
 
+    @property
+    def readout(self) -> Readout:
+        """What its output means. `take` is done; `Batch` and `View.y` do the reading."""
+        ...
+
     def trunk(self, x: Tensor) -> Tensor:
         """Input `(B, C_in, *S)` -> activations `(B, K, *grid)`, no graph."""
         ...
 
-    def tail(self, activations: Tensor, x: Tensor) -> Tensor:
-        """Scores `(B, C)` for other activations than those of `x`; `x` gives what by-passes the layer."""
+    def tail(self, activations: Tensor, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Scores `(n, C)` (as in `Split`) for other activations than those of `x`; `x` gives what by-passes the layer.
+
+        Parameters
+        ----------
+        activations
+            `(n, K, *grid)`.
+        x
+            `(B, C_in, *S)`.
+        rows
+            `(n,)` which tile of `x` each row of activations belongs to: the trunk then runs on the B tiles alone.
+            None: n = B, a row a tile. Ask by `workers.cam.fan.tail_of_many`, which proves that this may be done.
+        """
         ...
 
     def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
@@ -84,6 +103,10 @@ class HookedNet:
     layer
         Dotted name as in `named_modules()`. A submodule that runs several times in a pass needs `name#i`, the
         0-based number of the call.
+    readout
+        What the network's output means.
+    tokens
+        How the layer's output lies where it is no `(B, K, *grid)`; methods see that form all the same.
 
     Raises
     ------
@@ -91,13 +114,17 @@ class HookedNet:
         No such layer.
     """
 
-    def __init__(self, module: nn.Module, layer: str) -> None:
+    def __init__(
+        self, module: nn.Module, layer: str, readout: Readout | None = None, tokens: TokenLayout = AS_FOUND
+    ) -> None:
         name, mark, call = layer.partition("#")
         if mark and not call.isdecimal():
             msg = f"layer {layer!r}: after '#' a call number is expected, such as '{name}#0'"
             raise ModelError(msg)
         self.module = module
         self.layer = layer
+        self.readout: Readout = readout or Scores()
+        self.tokens = tokens
         self._call = int(call) if mark else None
         self.target = submodule(module, name)
 
@@ -114,8 +141,8 @@ class HookedNet:
             return reached[0]
         raise AssertionError(self.layer)  # `_run` either reaches the layer or says that it cannot
 
-    def tail(self, activations: Tensor, x: Tensor) -> Tensor:
-        return self._run(x, lambda _: activations.clone())
+    def tail(self, activations: Tensor, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        return self._run(x, lambda _: activations.clone(), rows)
 
     def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
         leaves: list[Tensor] = []
@@ -127,16 +154,39 @@ class HookedNet:
             leaves.append(leaf)
             return leaf.clone() if differentiable else output
 
-        with inputs_of(self.target) as given:
+        with self.inputs() as given:
             scores = self._run(x, tap)
-        inputs = given[self._call or 0] if given else None
-        return Split(checked_activations(leaves[0], x, self.layer), scores, inputs)
+        return Split(checked_activations(leaves[0], x, self.layer), scores, *given)
+
+    def end_to_end(self, x: Tensor) -> Tensor:
+        with frozen(self.module):
+            return self.readout.take(self.module(x.clone()), len(x))
 
     def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
         return _gradient(y, activations, retain, self.layer)
 
-    def _run(self, x: Tensor, swap: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run the module on `x` with the layer's output replaced by `swap(output)`."""
+    @contextmanager
+    def inputs(self) -> Iterator[list[Tensor]]:
+        """Filled by a pass inside with what the layer is given, where that is a convolution; else left empty."""
+        given: list[Tensor] = []
+        calls = itertools.count()
+
+        def keep(_module: nn.Module, inputs: Any) -> None:
+            if next(calls) == (self._call or 0):
+                given.append(inputs[0].detach().clone())  # what follows may change it in place
+
+        handle = (
+            self.target.register_forward_pre_hook(keep) if isinstance(self.target, CONVOLUTIONS) else None
+        )
+        try:
+            yield given
+        finally:
+            if handle:
+                handle.remove()
+
+    @contextmanager
+    def tapped(self, swap: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Inside, a pass of the module has the layer's output replaced by `swap(output)`."""
         calls = 0
         wanted = self._call or 0
 
@@ -155,19 +205,50 @@ class HookedNet:
             torch.set_grad_enabled(True)
             return swap_first(output, swap, self.layer)
 
-        with frozen(self.module):
-            handle = self.target.register_forward_hook(hook)
-            try:
-                output = self.module(plain(x))
-            finally:
-                handle.remove()
+        handle = self.target.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
         if calls <= wanted:
             msg = (
                 f"layer {self.layer!r} ran {calls} times in a pass, so it is not on the way from input to scores "
                 "(or is scripted, where hooks do not fire); name a layer that the forward pass uses"
             )
             raise ModelError(msg)
-        return score_matrix(output, len(x))
+
+    def arranged(
+        self, swap: Callable[[Tensor], Tensor], tile: Sequence[int], rows: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """`swap` of feature maps `(B, K, *grid)`, made to fit the layer's output as it lies for tiles of `tile` px.
+
+        With `rows` `(n,)` the network goes on from here with those rows of its tiles.
+        """
+
+        def of_output(output: Tensor) -> Tensor:
+            output = output if rows is None else output[rows]
+            lies = self.tokens.fit(output.shape, tile, self.layer)
+            return lies.decode(swap(lies.encode(output)), output)
+
+        return of_output
+
+    def arrangement(self, x: Tensor) -> Arrangement:
+        """How the layer's output lies for input like `x` `(B, C_in, *S)`."""
+        found: list[Arrangement] = []
+
+        def stop(output: Tensor) -> NoReturn:
+            found.append(self.tokens.fit(output.shape, x.shape[2:], self.layer))
+            raise _Reached
+
+        with suppress(_Reached), frozen(self.module), self.tapped(stop):
+            self.module(plain(x))
+        return found[0]
+
+    def _run(self, x: Tensor, swap: Callable[[Tensor], Tensor], rows: Tensor | None = None) -> Tensor:
+        """Scores of `x` with the layer's output replaced by `swap(output)`."""
+        with frozen(self.module), self.tapped(self.arranged(swap, x.shape[2:], rows)):
+            output = self.module(plain(x))
+        return self.readout.take(output, len(x) if rows is None else len(rows))
 
 
 class PairNet:
@@ -181,26 +262,37 @@ class PairNet:
         `tail(activations, *carried) -> scores`.
     layer
         Name of the place of the cut, for messages.
+    readout
+        What the tail's output means.
     """
 
-    def __init__(self, trunk: nn.Module, tail: nn.Module, layer: str) -> None:
+    def __init__(self, trunk: nn.Module, tail: nn.Module, layer: str, readout: Readout | None = None) -> None:
         self.module = nn.ModuleDict({"trunk": trunk, "tail": tail})
         self.layer = layer
+        self.readout: Readout = readout or Scores()
 
     def trunk(self, x: Tensor) -> Tensor:
         return self._head(x)[0]
 
-    def tail(self, activations: Tensor, x: Tensor) -> Tensor:
+    def tail(self, activations: Tensor, x: Tensor, rows: Tensor | None = None) -> Tensor:
         _, carried = self._head(x)
+        if carried and rows is not None:
+            _, carried = self._head(x[rows])
         with frozen(self.module):
-            return score_matrix(self.module["tail"](activations.clone(), *carried), len(x))
+            return self.readout.take(self.module["tail"](activations.clone(), *carried), len(activations))
 
     def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
         output, carried = self._head(x)
         leaf = checked_activations(output.requires_grad_(differentiable), x, self.layer)
         with frozen(self.module):
             scores = self.module["tail"](leaf.clone(), *carried)
-        return Split(leaf, score_matrix(scores, len(x)))
+        return Split(leaf, self.readout.take(scores, len(x)))
+
+    def end_to_end(self, x: Tensor) -> Tensor:
+        with frozen(self.module):
+            output = self.module["trunk"](x.clone())
+            activations, *carried = output if isinstance(output, tuple | list) else (output,)
+            return self.readout.take(self.module["tail"](activations, *carried), len(x))
 
     def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
         return _gradient(y, activations, retain, self.layer)
@@ -240,21 +332,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-@contextmanager
-def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """What a convolution is given at each of its calls inside; of other layers nothing is kept."""
-    given: list[Tensor] = []
-    if not isinstance(layer, CONVOLUTIONS):
-        yield given
-        return
-    # cloned, since what follows may change it in place
-    handle = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].detach().clone()))
-    try:
-        yield given
-    finally:
-        handle.remove()
-
-
 def plain(x: Tensor) -> Tensor:
     """`x` without a graph, and not an inference tensor (which could not be saved for a gradient)."""
     return x.clone() if x.is_inference() else x.detach()
@@ -282,19 +359,6 @@ def swap_first(output: Any, swap: Callable[[Tensor], Tensor], layer: str) -> Any
                 return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     msg = f"layer {layer!r} gives {type(output).__name__}; expected a tensor, or a tuple or list with one"
     raise ModelError(msg)
-
-
-def score_matrix(output: Any, batch: int) -> Tensor:
-    """The network's output as `(B, C)` scores; of a tuple or list the first item."""
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    if isinstance(output, Tensor) and output.shape == (batch,):
-        output = output[:, None]
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != batch:
-        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        msg = f"the network gives {found} for {batch} tiles; expected scores of shape ({batch}, classes)"
-        raise ModelError(msg)
-    return output
 
 
 def checked_activations(leaf: Tensor, x: Tensor, layer: str) -> Tensor:

@@ -76,6 +76,8 @@ def _prove(net: SplitNet, x: Tensor) -> LinearHead | None:
         random = (torch.randn(shape, generator=generator) * size).to(activations)
         leaf = random.detach().clone().requires_grad_()
         scores = net.tail(leaf, x.expand(PROOFS, *x.shape[1:]))
+        if scores.ndim != 2:
+            return None  # a mask or a sequence
         if not scores.requires_grad:
             return None  # nothing reaches the layer: said where the gradient is asked for
         mix = torch.randn(scores.shape, generator=generator).to(scores)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.cam.capture import Split, SplitNet
+from workers.cam.readout import Readout
 
 
 class NoisyNet:
@@ -26,32 +27,43 @@ class NoisyNet:
     """
 
     def __init__(self, net: SplitNet, relative: float, seeds: Tensor) -> None:
-        self._net = net
+        self.net = net
         self._relative = relative
-        self._seeds = seeds.tolist()
+        self._seeds = seeds
         self.calls = 0
 
     @property
     def module(self) -> nn.Module:
-        return self._net.module
+        return self.net.module
+
+    @property
+    def readout(self) -> Readout:
+        return self.net.readout
 
     def trunk(self, x: Tensor) -> Tensor:
-        return self._net.trunk(x)
+        return self.net.trunk(x)
 
     def tail(self, activations: Tensor, x: Tensor) -> Tensor:
-        return self._net.tail(activations, x)
+        return self.net.tail(activations, x)
 
     def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
-        return self._net.forward(x, differentiable=differentiable)
+        return self.net.forward(x, differentiable=differentiable)
+
+    def end_to_end(self, x: Tensor) -> Tensor:
+        return self.net.end_to_end(x)
 
     def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
-        g = self._net.grad(y, activations, retain)
+        g = self.net.grad(y, activations, retain)
         std = g.detach().flatten(1).float().std(1, correction=0)
         noise = torch.stack([self._row(r, g.shape[1:]) for r in range(len(g))]).to(g)
         self.calls += 1
         return g + noise * (self._relative * std).to(g).view(-1, *(1,) * (g.ndim - 1))
 
+    def of_tile(self, tile: int) -> NoisyNet:
+        """The same for that tile alone, from its first gradient on."""
+        return NoisyNet(self.net, self._relative, self._seeds[tile : tile + 1])
+
     def _row(self, row: int, shape: torch.Size) -> Tensor:
         turn, tile = divmod(row, len(self._seeds))
-        seed = (self._seeds[tile] * 1_000_003 + turn) * 1_000_003 + self.calls
+        seed = (int(self._seeds[tile]) * 1_000_003 + turn) * 1_000_003 + self.calls
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed % 2**63))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import cached_property
 
 import torch
@@ -33,7 +34,10 @@ class Batch:
         self.activations = split.activations.detach()
         self.grid = tuple(self.activations.shape[2:])
         self.a = full(self.activations).flatten(2)
-        self.scores = full(split.scores.detach())
+        output = full(split.scores.detach())
+        self.reading = net.readout.reading(output)
+        self.scores = self.reading(output)
+        self.shared: dict[Hashable, Tensor] = {}
         self.sound = self.a.isfinite().flatten(1).all(1) & self.scores.isfinite().all(1)
 
 
@@ -64,15 +68,20 @@ class View:
         self.grid = batch.grid
         self.a = batch.a
         self.scores = batch.scores
+        self.reading = batch.reading
         self.inputs = batch.split.inputs
         self.target = target.to(batch.scores.dtype).expand_as(batch.scores)
+        self._shared = batch.shared
         self._split = batch.split
         self._retain = retain
 
     def y(self, scores: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The target's scalar `(n,)` of other scores `(n, C)`; `rows` `(n,)` says which tile each belongs to."""
+        """The target's scalar `(n,)` of other scores, as `Split` or `SplitNet.tail` give them.
+
+        `rows` `(n,)` says which tile each belongs to: a region or a symbol is that of the tile as it was.
+        """
         target = self.target if rows is None else self.target[rows]
-        return (full(scores) * target).sum(1)
+        return (self.reading(full(scores), rows) * target).sum(1)
 
     @cached_property
     def g(self) -> Tensor:
@@ -84,8 +93,14 @@ class View:
     def gradient(self, target: Tensor) -> Tensor:
         """`(B, K, Z)` gradient of another functional `(B, C)` of the same scores; such a method needs `tail`."""
         with torch.enable_grad():
-            y = (full(self._split.scores) * target).sum(1)
+            y = (self.reading(full(self._split.scores), None) * target).sum(1)
         return full(self.net.grad(y, self._split.activations, retain=True)).flatten(2)
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What does not hang on the target, computed for the first view of the batch that asks."""
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
 
     def noise(self, sample: int) -> Tensor:
         """Standard normal noise like `x`, a function of each tile's seed and of `sample` alone."""
