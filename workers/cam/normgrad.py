@@ -17,15 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import ModelError
-from workers.cam.capture import CONVOLUTIONS, HookedNet
+from workers.cam.capture import CONVOLUTIONS, HookedNet, SplitNet
 from workers.cam.method import Doubt, Options, row
+from workers.cam.noise import NoisyNet
 from workers.cam.view import View, full
 
 At = Literal["bias", "scaling", "conv1x1", "conv3x3", "depthwise3x3", "real"]
@@ -37,6 +38,12 @@ class NormGradOptions(Options):
 
     at: At = "conv1x1"
     by: By = "norm"
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "signed": self.by == "sum",
+            "unit": "logit" if (self.at, self.by) == ("scaling", "sum") else "1",
+        }
 
 
 @dataclass(frozen=True)
@@ -124,60 +131,79 @@ def normgrad(x: Tensor, g: Tensor, window: Window, groups: int = 1, by: By = "no
     return squares.sum(1).sqrt() * size[:, 0, 0]
 
 
-def extract(view: View, options: NormGradOptions) -> tuple[Tensor, Doubt]:
-    """The map of a view, and where it is doubtful.
+@dataclass(frozen=True)
+class Site:
+    """A layer in a pass: what it put out, what it was given, and the target's gradient with respect to its output."""
+
+    layer: str
+    module: nn.Module | None
+    """None for a cut network."""
+    activations: Tensor
+    """`(B, K, *grid)`."""
+    g: Tensor
+    """The same shape."""
+    inputs: Tensor | None
+    """`(B, K_in, *S_in)` of a convolution."""
+
+
+def hooked(net: SplitNet) -> HookedNet | None:
+    """The eager network of a split one, whatever noise is put on its gradients; None for a cut network."""
+    inner = net.net if isinstance(net, NoisyNet) else net
+    return inner if isinstance(inner, HookedNet) else None
+
+
+def site(view: View) -> Site:
+    """The explained layer."""
+    net = hooked(view.net)
+    g = view.g.reshape(view.activations.shape)
+    return Site(net.layer if net else "", net.target if net else None, full(view.activations), g, view.inputs)
+
+
+def extract(at: Site, options: NormGradOptions) -> tuple[Tensor, Doubt]:
+    """The map `(B, *grid)` of a layer, and where it is doubtful.
 
     A bias has no activations in its term: behind global average pooling, where the gradient is equal in all cells, its
     map is a constant and says nothing of where. It is then doubtful.
     """
-    a, g = full(view.activations), view.g.reshape(view.activations.shape)
-    channels, ndim = a.shape[1], len(view.grid)
+    a, g = at.activations, at.g
+    channels, ndim = a.shape[1], a.ndim - 2
     if options.at == "real":
-        return real(view, options.by), None
+        if at.inputs is None or not isinstance(at.module, CONVOLUTIONS):
+            kind = (
+                "the cut of a network in two parts" if at.module is None else f"a {type(at.module).__name__}"
+            )
+            msg = (
+                f"NormGrad of a layer's own weights needs a convolution, but layer {at.layer!r} is {kind}: explain a "
+                "convolution, name one (normgrad_layers+at=real+layers=<convolution>), or take a virtual layer (normgrad)"
+            )
+            raise ModelError(msg)
+        conv = at.module
+        return normgrad(full(at.inputs), g, window_of(conv), conv.groups, options.by), None
     if options.at == "bias":
-        same = view.g.amax(2) == view.g.amin(2)
-        return normgrad(torch.ones_like(a), g, cube(1, ndim), channels, options.by), same.all(1)
+        same = (g.flatten(2).amax(2) == g.flatten(2).amin(2)).all(1)
+        return normgrad(torch.ones_like(a), g, cube(1, ndim), channels, options.by), same
     groups = channels if options.at in ("scaling", "depthwise3x3") else 1
     window = cube(3 if options.at.endswith("3x3") else 1, ndim)
     return normgrad(a, g, window, groups, options.by), None
 
 
-def real(view: View, by: By) -> Tensor:
-    """NormGrad of the explained layer's own weights; it must be a convolution."""
-    conv = view.net.target if isinstance(view.net, HookedNet) else None
-    if view.inputs is None or not isinstance(conv, CONVOLUTIONS):
-        kind = "a cut network" if conv is None else type(conv).__name__
-        msg = (
-            f"NormGrad at the real layer needs a convolution, but {_layer(view)} is {kind}: name a convolution as the "
-            "layer, or use method 'normgrad', whose layer is virtual"
-        )
-        raise ModelError(msg)
-    return normgrad(
-        full(view.inputs), view.g.reshape(view.activations.shape), window_of(conv), conv.groups, by
-    )
-
-
-def _layer(view: View) -> str:
-    return f"layer {getattr(view.net, 'layer', '?')!r}"
-
-
-def _flat(view: View, options: NormGradOptions) -> tuple[Tensor, Doubt]:
-    raw, doubtful = extract(view, options)
+def of_view(view: View, options: NormGradOptions) -> tuple[Tensor, Doubt]:
+    """NormGrad at the explained layer, `(B, Z)`."""
+    raw, doubtful = extract(site(view), options)
     return raw.flatten(1), doubtful
 
 
 def fixed(at: At, by: By) -> Callable[[View, Options], tuple[Tensor, Doubt]]:
-    """NormGrad with its two choices made."""
+    """NormGrad at the explained layer with its two choices made."""
     options = NormGradOptions(at=at, by=by)
-    return lambda view, _: _flat(view, options)
+    return lambda view, _: of_view(view, options)
 
 
 REBUFFI = "Rebuffi et al., There and Back Again: Revisiting Backpropagation Saliency Methods, CVPR 2020"
 
 METHODS = (
     row(
-        "normgrad", "NormGrad", _flat, "1", REBUFFI,
-        # by=sum is signed, and a row speaks for all its options
+        "normgrad", "NormGrad", of_view, "1", REBUFFI, signed=False,
         edition="virtual identity layer; default 1x1 convolution, Frobenius norm; close to class-agnostic",
         options=NormGradOptions(),
     ),

@@ -1,0 +1,281 @@
+"""Maps of several layers combined into one, on the grid of the finest (NormGrad, CVPR 2020, section 3.3).
+
+The paper scales each layer's map to 0..1 in every image, which makes the values of two tiles incomparable. A weighted geometric
+mean does not need that: a factor of one layer is a factor of the whole. So nothing is scaled unless asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from schemas.errors import ModelError, SpecError
+from schemas.explanation import CellGeometry
+from workers.cam.capture import HookedNet, SplitNet, frozen, plain
+from workers.cam.geometry import grid_cells, measure_cells
+from workers.cam.method import Doubt, row
+from workers.cam.noise import NoisyNet
+from workers.cam.normgrad import REBUFFI, NormGradOptions, Site, extract, hooked
+from workers.cam.view import View, full
+
+How = Literal["product", "sum"]
+
+
+class LayersOptions(NormGradOptions):
+    """Which layers, and how their maps become one."""
+
+    layers: tuple[str, ...] = ()
+    """Names as in `named_modules()`; none: the last of every resolution below the input's, up to the explained layer."""
+    combine: How = "product"
+    """`product`: weighted geometric mean; `sum`: weighted mean, in which an unscaled layer counts by its magnitude."""
+    weights: Literal["uniform", "ramp"] = "uniform"
+    """`ramp`: 1/J, 2/J ... 1 from the layer that runs first to the last, before they are made to sum to 1."""
+    scale: Literal["none", "minmax"] = "none"
+    """`minmax`: each layer's map to 0..1 within its tile, as published; values of two tiles then do not compare."""
+
+    @model_validator(mode="after")
+    def _no_roots_of_negatives(self) -> LayersOptions:
+        if self.by == "sum" and self.combine == "product" and self.scale == "none":
+            msg = "by=sum is signed, and a geometric mean is not: take combine=sum or scale=minmax"
+            raise ValueError(msg)
+        return self
+
+    def facts(self) -> dict[str, Any]:
+        note = EDITION if self.scale == "none" else f"{EDITION}; scale=minmax: NOT comparable between tiles"
+        return {"signed": self.by == "sum" and self.scale == "none", "unit": "1", "edition": note}
+
+
+EDITION = "NormGrad of several layers, geometric mean by default, unscaled (the paper scales each map within its image)"
+
+
+def combine(maps: Sequence[Tensor], weights: Sequence[float] | None = None, how: How = "product") -> Tensor:
+    """Maps of J layers as one.
+
+    Parameters
+    ----------
+    maps
+        J tensors of one shape.
+    weights
+        J numbers of at least 0, of any sum: equal, a ramp, the accuracies of linear probes. None: equal.
+    how
+        `product`: `exp(sum w log m)`, 0 wherever a map of weight above 0 is; maps must not be negative.
+        `sum`: `sum w m`.
+
+    Returns
+    -------
+    Tensor
+        Like each map. Equal maps give themselves.
+
+    Raises
+    ------
+    SpecError
+        Weights that are no weights of these maps, or negative values in a product.
+    """
+    given = [1.0] * len(maps) if weights is None else [float(w) for w in weights]
+    total = sum(given)
+    if len(given) != len(maps) or not 0 < total < math.inf or min(given) < 0:
+        msg = f"weights {given} for {len(maps)} maps: expected as many, none below 0, not all 0"
+        raise SpecError(msg)
+    # a layer of weight 0 has no say, not even by 0 ** 0 or 0 * infinity
+    parts = [(w / total, m) for w, m in zip(given, maps, strict=True) if w > 0]
+    if how == "sum":
+        return torch.stack([w * m for w, m in parts]).sum(0)
+    if any(bool((m < 0).any()) for _, m in parts):
+        msg = "a geometric mean of maps with negative values is not defined: combine them by 'sum'"
+        raise SpecError(msg)
+    return torch.stack([w * m.log() for w, m in parts]).sum(0).exp()
+
+
+def ramp(n: int) -> list[float]:
+    """Weights 1/n, 2/n ... 1."""
+    return [(j + 1) / n for j in range(n)]
+
+
+def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of `(B, *grid)` to 0..1; a constant row to 0, and True for it in the second `(B,)`."""
+    rows = maps.flatten(1)
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    flat = low == high
+    return ((rows - low) / torch.where(flat, 1, high - low)).reshape(maps.shape), flat[:, 0]
+
+
+def resample(maps: Tensor, cells: CellGeometry, onto: CellGeometry) -> Tensor:
+    """Maps `(B, *cells.shape)` read linearly at the cell centres of another grid; beyond the outer centres, constant."""
+    for axis, n in enumerate(cells.shape):
+        centres = (
+            torch.arange(onto.shape[axis], dtype=torch.float64) * onto.cell_px[axis]
+            + onto.first_centre_px[axis]
+        )
+        at = ((centres - cells.first_centre_px[axis]) / cells.cell_px[axis]).clamp(0, n - 1)
+        low = at.floor().clamp(max=max(n - 2, 0)).long()
+        share = (at - low).to(maps).view(-1, *[1] * (maps.ndim - 2 - axis))
+        low = low.to(maps.device)
+        before = maps.index_select(axis + 1, low)
+        maps = before + share * (maps.index_select(axis + 1, (low + 1).clamp(max=n - 1)) - before)
+    return maps
+
+
+def sites(view: View, layers: Sequence[str]) -> list[Site]:
+    """Several layers in one pass and one gradient, in the order in which they run.
+
+    The layer that runs first starts the graph: what lies before it is run without one.
+
+    Raises
+    ------
+    ModelError
+        No such layer, one that the scores do not depend on or that has no spatial axes, or a cut network.
+    """
+    net = _eager(view.net)
+    parts = [HookedNet(net.module, layer) for layer in layers]
+    outputs: dict[int, Tensor] = {}
+
+    def swap(i: int) -> Callable[[Tensor], Tensor]:
+        def tap(output: Tensor) -> Tensor:
+            # cloned on both sides: what follows may change it in place
+            outputs[i] = output.clone() if output.requires_grad else output.detach().clone().requires_grad_()
+            return outputs[i].clone()
+
+        return tap
+
+    with ExitStack() as stack:
+        stack.enter_context(frozen(net.module))
+        given = [stack.enter_context(part.inputs()) for part in parts]
+        for i, part in enumerate(parts):
+            stack.enter_context(part.tapped(swap(i)))
+        scores = net.readout.take(net.module(plain(view.x)), len(view.x))
+        y = view.y(scores)
+    for i, output in outputs.items():
+        if output.ndim != view.x.ndim:
+            msg = (
+                f"layer {layers[i]!r} gives shape {tuple(output.shape)}; only layers with (B, K, *grid) of {view.x.ndim - 2} "
+                "axes can be combined"
+            )
+            raise ModelError(msg)
+    return [
+        Site(layers[i], parts[i].target, full(outputs[i].detach()), full(g), *(given[i] or (None,)))
+        for (i, g) in zip(outputs, _gradients(view.net, y, outputs, layers), strict=True)
+    ]
+
+
+def _gradients(net: SplitNet, y: Tensor, outputs: dict[int, Tensor], layers: Sequence[str]) -> list[Tensor]:
+    if isinstance(net, NoisyNet):
+        return [net.grad(y, output, retain=True) for output in outputs.values()]
+    found: Sequence[Tensor | None] = (None,) * len(outputs)
+    if y.requires_grad:
+        with torch.enable_grad():
+            found = torch.autograd.grad(y.sum(), list(outputs.values()), allow_unused=True)
+    for i, g in zip(outputs, found, strict=True):
+        if g is None:
+            msg = f"the scores do not depend on layer {layers[i]!r}; name layers on the way from input to scores"
+            raise ModelError(msg)
+    return [g for g in found if g is not None]
+
+
+def _eager(net: SplitNet) -> HookedNet:
+    eager = hooked(net)
+    if eager is None:
+        msg = "several layers can be combined only in an eager network, not in one cut in two; use method 'normgrad'"
+        raise ModelError(msg)
+    return eager
+
+
+_CELLS: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
+"""Geometry found, by network: it belongs to the architecture."""
+
+
+def cells_of(net: HookedNet, layer: str, input_shape: Sequence[int]) -> CellGeometry:
+    """Cells of any layer of a network, measured once."""
+    known = _CELLS.setdefault(net.module, {})
+    key = (layer, *input_shape)
+    if key not in known:
+        known[key] = measure_cells(HookedNet(net.module, layer), input_shape)
+    return known[key]  # type: ignore[no-any-return]
+
+
+def stages(net: HookedNet, input_shape: Sequence[int]) -> tuple[str, ...]:
+    """The last layer of every resolution below the input's, up to the explained layer and with it."""
+    known = _CELLS.setdefault(net.module, {})
+    key = (net.layer, None, *input_shape)
+    if key not in known:
+        known[key] = _stages(net, input_shape)
+    return known[key]  # type: ignore[no-any-return]
+
+
+def _stages(net: HookedNet, input_shape: Sequence[int]) -> tuple[str, ...]:
+    tile = tuple(input_shape[1:])
+    names = {module: name for name, module in net.module.named_modules() if name}
+    ran: list[tuple[str, tuple[int, ...]]] = []
+
+    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == len(tile) + 2:
+            ran.append((names[module], tuple(output.shape[2:])))
+
+    handles = [module.register_forward_hook(note) for module in names]
+    try:
+        with torch.no_grad():
+            device = next((p.device for p in net.module.parameters()), torch.device("cpu"))
+            net.trunk(torch.zeros(2, *input_shape, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    calls = [name for name, _ in ran]
+    last = {
+        grid: name
+        for name, grid in ran
+        # a list of layers is written with hyphens; a module called again has no one output
+        if grid != tile and math.prod(grid) > 1 and "-" not in name and calls.count(name) == 1
+    }
+    return tuple(dict.fromkeys([*last.values(), net.layer]))
+
+
+def _layers(net: HookedNet, input_shape: Sequence[int], options: LayersOptions) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(options.layers)) or stages(net, input_shape)
+
+
+def _finest(cells: Sequence[CellGeometry]) -> CellGeometry:
+    return max(cells, key=lambda c: math.prod(c.shape))
+
+
+def place(
+    net: SplitNet, input_shape: tuple[int, ...], layer: CellGeometry, options: LayersOptions
+) -> CellGeometry:
+    """Cells of the combined map: those of the finest layer."""
+    eager = _eager(net)
+    finest = _finest([cells_of(eager, name, input_shape) for name in _layers(eager, input_shape, options)])
+    # where the explained layer is laid on an even grid, by choice or because it cannot be measured, so is this map
+    return grid_cells(finest.shape, input_shape[1:]) if layer.source == "grid" else finest
+
+
+def combined(view: View, options: LayersOptions) -> tuple[Tensor, Doubt]:
+    """NormGrad of several layers `(B, *grid of the finest)`, and where a layer's part of it is doubtful."""
+    net, shape = _eager(view.net), view.x.shape[1:]
+    maps, doubtful = [], torch.zeros(len(view.x), dtype=torch.bool, device=view.x.device)
+    names = _layers(net, shape, options)
+    onto = _finest([cells_of(net, name, shape) for name in names])
+    for at in sites(view, names):
+        own = cells_of(net, at.layer, shape)
+        raw, doubt = extract(at, options)
+        if options.scale == "minmax":
+            raw, flat = minmax(raw)
+            doubt = flat if doubt is None else doubt | flat
+        if raw.shape[1:] != own.shape:
+            msg = f"layer {at.layer!r} has a grid of {tuple(raw.shape[1:])} cells, but was measured to have {own.shape}"
+            raise ModelError(msg)
+        maps.append(resample(raw, own, onto))
+        doubtful = doubtful if doubt is None else doubtful | doubt
+    return combine(maps, ramp(len(maps)) if options.weights == "ramp" else None, options.combine), doubtful
+
+
+METHODS = (
+    row(
+        "normgrad_layers", "NormGrad, layers combined", combined, "1", REBUFFI, signed=False, edition=EDITION,
+        needs=("activations", "gradients", "input"), options=LayersOptions(), place=place,
+    ),
+)  # fmt: skip
