@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 
 from schemas.errors import SpecError
-from workers.cam import eigen, gradient
+from workers.cam import ablation, eigen, eigen_slide, fem, gradient, kernel, layers, meta, normgrad, score
 from workers.cam.method import Method
 
-METHODS: dict[str, Method] = {row.info.name: row for family in (gradient, eigen) for row in family.METHODS}
+METHODS: dict[str, Method] = {
+    row.info.name: row
+    for family in (gradient, eigen, eigen_slide, normgrad, layers, meta, fem, kernel, score, ablation)
+    for row in family.METHODS
+}
 """Every method by name. `signed` False: never negative on non-negative activations (a ReLU layer)."""
 
 

@@ -43,8 +43,8 @@ class NoisyNet:
     def trunk(self, x: Tensor) -> Tensor:
         return self.net.trunk(x)
 
-    def tail(self, activations: Tensor, x: Tensor) -> Tensor:
-        return self.net.tail(activations, x)
+    def tail(self, activations: Tensor, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        return self.net.tail(activations, x, rows)
 
     def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
         return self.net.forward(x, differentiable=differentiable)
