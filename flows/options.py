@@ -30,8 +30,9 @@ Targets = Annotated[
     str,
     typer.Option(
         "--target",
-        help="What to explain: class names, indices, predicted or all; comma separated. Default: the card's "
-        "default_target, else all where there are at most 8 classes.",
+        help="What to explain: class names, indices, predicted or all; A~B: A rather than B; minus~A: what lowers A; "
+        "sum: all symbols of a sequence; comma separated. Default: the card's default_target, else all where there are "
+        "at most 8 classes.",
     ),
 ]
 Mpp = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.explanation import CellGeometry, Reduction
+from schemas.explanation import CellGeometry, Reduction, Unit
 from schemas.frozen import Frozen
 from schemas.image import Kind
 
@@ -109,6 +109,7 @@ MINUS = "minus"
 RESERVED = ("predicted", "all", MINUS)
 """Targets by these names are no classes."""
 
+_OTHER_UNIT: dict[Unit, Unit] = {"logit": "score", "logit/cell": "score/cell"}
 _OF_KIND = {
     "region": ("mask",),
     "references": ("embedding",),
@@ -190,7 +191,9 @@ class OutputSpec(Frozen):
             )
             raise ValueError(msg)
         if self.padding is not None and self.vocabulary and self.padding >= len(self.vocabulary):
-            msg = f"[output] padding = {self.padding} is no symbol of the {len(self.vocabulary)} in vocabulary"
+            msg = (
+                f"[output] padding = {self.padding} is no symbol of the {len(self.vocabulary)} in vocabulary"
+            )
             raise ValueError(msg)
 
     @property
@@ -209,9 +212,10 @@ class OutputSpec(Frozen):
             case "regression":
                 return "value"
             case "embedding" if self.references_sha256:
-                return {"cosine": "cosine similarity to the reference", "dot": "dot product with the reference"}[
-                    self.similarity
-                ]
+                return {
+                    "cosine": "cosine similarity to the reference",
+                    "dot": "dot product with the reference",
+                }[self.similarity]
             case "embedding":
                 return "coordinate of the embedding"
             case "mask":
@@ -224,12 +228,12 @@ class OutputSpec(Frozen):
         score = "logit" if self.symbol_score == "logit" else "log probability"
         return f"{score} of the symbol emitted at the position"
 
-    @property
-    def in_logits(self) -> bool:
-        """Whether a score is a logit, or a sum of some."""
-        return self.quantity.split(" over ")[0] in ("logit", "sum of the logit") or (
+    def unit(self, unit: Unit) -> Unit:
+        """A method's unit where the scores of this output are what is explained."""
+        logits = self.kind in ("logits", "logit", "mask") or (
             self.kind == "sequence" and self.symbol_score == "logit"
         )
+        return unit if logits else _OTHER_UNIT.get(unit, unit)
 
 
 class CamLayer(Frozen):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from schemas.explanation import CamSpec, CellGeometry, Precision, Reduction, SolvedState
+from schemas.explanation import AskedPrecision, CamSpec, CellGeometry, Reduction, SolvedState
 from schemas.frozen import Frozen, digest
 from schemas.geometry import Box
 from schemas.grid import GridSpec, Lattice
@@ -203,12 +203,16 @@ class Counts(Frozen):
 
 
 class Prediction(Frozen):
-    """Tile scores over an image, by class: the mean, and the highest with its tile."""
+    """Tile scores over an image, by class or what else there is a score of: the mean, and the highest with its tile."""
 
     target: str
+    quantity: str = "logit"
+    """What the score is, in words."""
     mean: float
     highest: float
     highest_box: Box
+    symbols: dict[str, int] = Field(default_factory=dict)
+    """Of a sequence, for positions that were explained: how many tiles emitted each symbol there, most first."""
 
 
 class ImageReport(Frozen):
@@ -264,7 +268,7 @@ class ExplainRequest(Frozen):
     targets: tuple[str, ...] = ()
     layer: str = ""
     cell_centres: Literal["receptive_field", "grid"] = "receptive_field"
-    precision: Precision = "fp32"
+    precision: AskedPrecision = "fp32"
     read: ReadOptions = ReadOptions()
     tile: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """Tile size in model px, array order; one number: the same on every axis. None: the card's."""

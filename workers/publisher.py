@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from schemas.frozen import Frozen
 from schemas.geometry import Box
 from schemas.heatmap import TileStatus
+from schemas.model import OutputSpec
 from schemas.run import ImageReport, Prediction, RunReport
 from workers.store.heatmap import HeatmapStore
 from workers.store.statistics import channel_statistics
@@ -31,8 +35,8 @@ def publish_heatmap(heatmap: HeatmapStore, threads: int) -> None:
     heatmap.publish(value_range=stats.value_range, display=stats.display)
 
 
-def predictions(tiles: TilesStore) -> tuple[Prediction, ...]:
-    """Mean and highest score of each class over the tiles that were computed."""
+def predictions(tiles: TilesStore, output: OutputSpec) -> tuple[Prediction, ...]:
+    """Mean and highest score of each class (output, reference, position) over the tiles that were computed."""
     scores = tiles.scores()
     done = np.flatnonzero(tiles.statuses() == TileStatus.DONE)
     if not len(done):
@@ -42,12 +46,28 @@ def predictions(tiles: TilesStore) -> tuple[Prediction, ...]:
     return tuple(
         Prediction(
             target=name,
+            quantity=output.quantity,
             mean=float(np.mean(scores[done, i], dtype=np.float64)),
             highest=float(scores[best[i], i]),
             highest_box=Box(frame="l0", start=tuple(boxes[i, 0].tolist()), stop=tuple(boxes[i, 1].tolist())),
+            symbols=_emitted(tiles, name, done, output.vocabulary) if output.kind == "sequence" else {},
         )
         for i, name in enumerate(tiles.info.classes)
     )
+
+
+def _emitted(
+    tiles: TilesStore, target: str, done: NDArray[np.int64], vocabulary: Sequence[str]
+) -> dict[str, int]:
+    """How many of the tiles `done` emitted each symbol at the position `target`; empty if it was not explained."""
+    targets = tiles.info.spec.cam.targets
+    if target not in targets:
+        return {}
+    counts = Counter(tiles.target_index()[done, targets.index(target)].tolist())
+    return {
+        vocabulary[symbol] if symbol < len(vocabulary) else str(symbol): n
+        for symbol, n in counts.most_common()
+    }
 
 
 def write_json(path: Path, value: Frozen) -> None:

@@ -117,7 +117,7 @@ class Region:
             if self.region == "predicted" and found.shape[1] == 1:
                 msg = (
                     "the network gives a mask of one channel, of which no voxel is another class: "
-                    "write [output] region = \"positive\" (logit above 0) or \"tile\""
+                    'write [output] region = "positive" (logit above 0) or "tile"'
                 )
                 raise ModelError(msg)
         elif self.region.shape != found.shape[2:]:
@@ -161,9 +161,7 @@ class Symbols:
     def take(self, output: Any, batch: int) -> Tensor:
         found = _first(output)
         if not isinstance(found, Tensor) or found.ndim != 3 or len(found) != batch:
-            msg = (
-                f"the network gives {_shape(found)} for {batch} tiles; expected logits ({batch}, positions, symbols)"
-            )
+            msg = f"the network gives {_shape(found)} for {batch} tiles; expected logits ({batch}, positions, symbols)"
             raise ModelError(msg)
         return found
 

@@ -153,7 +153,9 @@ def _difference(name: str, output: OutputSpec, classes: list[tuple[str, int]]) -
         terms = ((0, 1.0 - 2 * index),) if output.kind == "logit" else ((index, -1.0),)
         return ResolvedTarget(f"{MINUS}{BETWEEN}{bare}", index, terms=terms)
     if output.kind == "logit":
-        msg = f"--target {name}: a single logit is the contrast of its two classes already; ask for one of them"
+        msg = (
+            f"--target {name}: a single logit is the contrast of its two classes already; ask for one of them"
+        )
         raise SpecError(msg)
     (a, plus), (b, minus) = (_find(part, output, classes) for part in (first, second))
     if plus == minus:

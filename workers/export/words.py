@@ -8,10 +8,17 @@ from collections.abc import Mapping, Sequence
 from schemas.explanation import Unit
 from schemas.heatmap import ChannelInfo, Coverage
 from schemas.image import ImageMeta
+from schemas.model import BETWEEN, MINUS
 from schemas.run import HeatmapInfo, MapGrid
 
 INTENDED_USE = "For research use only. Not for use in diagnostic procedures."
-UNITS: Mapping[Unit, str] = {"logit": "logit", "logit/cell": "logit per cell", "1": "no unit"}
+UNITS: Mapping[Unit, str] = {
+    "logit": "logit",
+    "logit/cell": "logit per cell",
+    "score": "unit of the score",
+    "score/cell": "unit of the score, per cell",
+    "1": "no unit",
+}
 COVERAGE_WORDS: Mapping[Coverage, str] = {
     Coverage.PENDING: "not computed yet",
     Coverage.EVALUATED: "evaluated: outlined",
@@ -81,7 +88,12 @@ def target(channel: ChannelInfo) -> str:
     """What the channel explains."""
     if channel.target_index is None:
         return "Target: the class predicted for each tile"
-    return f"Target: {channel.target}"
+    first, contrast, second = channel.target.partition(BETWEEN)
+    if not contrast:
+        return f"Target: {channel.target}"
+    if first == MINUS:
+        return f"Target: what speaks against {second}, or lowers it"
+    return f"Target: {first} rather than {second}"
 
 
 def cell(grid: MapGrid, info: HeatmapInfo) -> str:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from schemas.errors import ModelError
 from schemas.model import ModelCard
 
-_PATHS = {"network": ("weights", "trunk", "tail"), "bag": ("weights",)}
+_PATHS = {"network": ("weights", "trunk", "tail"), "output": ("references",), "bag": ("weights",)}
 
 
 @dataclass(frozen=True)

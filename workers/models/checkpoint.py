@@ -77,6 +77,33 @@ def load_weights(module: nn.Module, path: Path, sha256: str) -> None:
     module.load_state_dict(dict(state), strict=True)
 
 
+def load_vectors(path: Path, sha256: str, names: Sequence[str]) -> Tensor:
+    """Named vectors of a file, in the order of `names`, as `(C, D)` float32.
+
+    Raises
+    ------
+    ModelError
+        Other digest, unreadable, a name that is not there, no vectors, other lengths, values that are not finite, a
+        vector of length 0.
+    """
+    check_digest(path, sha256)
+    found = _read(path)
+    missing = [n for n in names if n not in found]
+    if missing:
+        msg = f"{path}: has no vector {', '.join(missing)}; it has {', '.join(sorted(found)[:_SHOWN]) or 'none'}"
+        raise ModelError(msg)
+    vectors = [found[n].float() for n in names]
+    shapes = sorted({tuple(v.shape) for v in vectors})
+    if len(shapes) > 1 or len(shapes[0]) != 1:
+        msg = f"{path}: the reference vectors have shapes {shapes}; expected one axis, of one length"
+        raise ModelError(msg)
+    for name, vector in zip(names, vectors, strict=True):
+        if not 0 < float(vector.norm()) < float("inf"):
+            msg = f"{path}: vector {name!r} has length {float(vector.norm()):g}; nothing can be compared with it"
+            raise ModelError(msg)
+    return torch.stack(vectors)
+
+
 def _read(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
         try:

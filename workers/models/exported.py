@@ -13,11 +13,14 @@ from torch import fx, nn
 
 from schemas.errors import ModelError
 from workers.cam.capture import PairNet
+from workers.cam.readout import Readout
 
 _SHOWN = 12
 
 
-def load_exported(path: Path, layer: str, input_shape: Sequence[int]) -> PairNet:
+def load_exported(
+    path: Path, layer: str, input_shape: Sequence[int], readout: Readout | None = None
+) -> PairNet:
     """Load a `torch.export` program and cut it at the output of `layer`.
 
     Parameters
@@ -28,6 +31,8 @@ def load_exported(path: Path, layer: str, input_shape: Sequence[int]) -> PairNet
         Name of a node of the program's graph, or of a submodule of the network it was exported from.
     input_shape
         `(C_in, *S)` of the model's input; the program must take any number of them.
+    readout
+        What the output means; None: scores.
 
     Raises
     ------
@@ -48,15 +53,15 @@ def load_exported(path: Path, layer: str, input_shape: Sequence[int]) -> PairNet
         raise ModelError(msg)
     _check_batch(path, graph_module, input_shape)
     _check_eval(path, graph_module.graph)
-    return cut(graph_module, layer)
+    return cut(graph_module, layer, readout)
 
 
-def load_scripted_pair(trunk: Path, tail: Path, layer: str) -> PairNet:
+def load_scripted_pair(trunk: Path, tail: Path, layer: str, readout: Readout | None = None) -> PairNet:
     """Load a network saved as two TorchScript files; digests already checked."""
-    return PairNet(_scripted(trunk), _scripted(tail), layer)
+    return PairNet(_scripted(trunk), _scripted(tail), layer, readout)
 
 
-def cut(module: fx.GraphModule, layer: str) -> PairNet:
+def cut(module: fx.GraphModule, layer: str, readout: Readout | None = None) -> PairNet:
     """Part a graph at the node (or submodule) `layer`.
 
     What depends on the node is the tail; all else is the trunk, and what the tail needs of it besides the node's
@@ -88,6 +93,7 @@ def cut(module: fx.GraphModule, layer: str) -> PairNet:
         fx.GraphModule(module, _graph(_ancestors(above, [target, *carried]), inputs, [target, *carried])),
         fx.GraphModule(module, _graph([*constants, *tail], [target, *carried], [result])),
         layer,
+        readout,
     )
 
 
