@@ -1,4 +1,4 @@
-"""The stages of one image, in order: plan, explain with stitch as blocks become ready, publish, export."""
+"""The stages of one image: plan, collect and solve for methods of the whole image, explain with stitch, publish, export."""
 
 from __future__ import annotations
 
@@ -13,16 +13,27 @@ from flows.progress import Event
 from schemas.errors import GigacamError, StoreError
 from schemas.frozen import digest
 from schemas.image import ImageRequest
-from schemas.run import BlockTask, ExplainRequest, ImageReport, PoolSettings, UnitTask
+from schemas.run import (
+    BlockTask,
+    ExplainRequest,
+    GroupTask,
+    ImageReport,
+    PoolSettings,
+    Report,
+    SolveTask,
+    UnitTask,
+)
 from workers.explainer import Explainer, ExplainInit
 from workers.planner import Job, Model, plan_image
 from workers.pool import Pool, Stage
 from workers.provenance import keep_rate, versions
 from workers.publisher import drop_derived, predictions, publish_heatmap, write_image_report
 from workers.readers import open_image
+from workers.reducer import Collector, SolveInit, Solver
 from workers.stitcher import Stitcher, StitchInit
 from workers.stitching.grid import block_dependencies
 from workers.store.heatmap import HeatmapStore
+from workers.store.reductions import Reductions
 from workers.store.tiles import TilesStore
 
 log = logging.getLogger("gigacam")
@@ -77,16 +88,24 @@ def _compute(
 ) -> ImageReport:
     notes = list(job.notes)
     tiles, heatmap = _stores(job, request)
+    sums = Reductions(tiles.path, tiles.info, "r+") if tiles.info.reductions else None
     if request.retry_failed:
+        if sums is not None:
+            sums.retry()
         heatmap.clear_blocks(tiles.retry_boxes())
         tiles.reset_failed()
     if heatmap.pending_blocks():
         drop_derived(job.folder)
     stages = _Stages(job, model, settings, tiles, heatmap)
     run = _Run(job, name, pool, stages, tiles, heatmap, tell)
+    seconds = {}
+    if sums is not None:
+        clock = time.perf_counter()
+        run.collect_and_solve(sums)
+        seconds["collect+solve"] = time.perf_counter() - clock
     clock = time.perf_counter()
     run.explain_and_stitch()
-    seconds = {"explain+stitch": time.perf_counter() - clock, **run.seconds}
+    seconds |= {"explain+stitch": time.perf_counter() - clock, **run.seconds}
     clock = time.perf_counter()
     tell(Event(name, "publish"))
     failures = tuple(tiles.failures())
@@ -116,6 +135,8 @@ def _compute(
         notes.append(f"no tile holds enough tissue ({job.tissue_method}): nothing was computed")
     if failures and not request.retry_failed:
         notes.append(f"tiles without a map: {len(failures)}; --retry-failed computes them again")
+    states = [] if sums is None else [s for name in tiles.info.reductions for s in sums.solved(name)]
+    notes += [state.line for state in states]
     status = "gaps" if failures or run.lost else "complete"
     return ImageReport(
         image=job.request.uri,
@@ -133,6 +154,7 @@ def _compute(
         seconds=seconds,
         notes=tuple(dict.fromkeys([*notes, *run.notes])),
         flags=dict(run.flags),
+        states=tuple(states),
         provenance={
             "tiles_id": job.tiles.tiles_id,
             "run_id": job.heatmap.run_id,
@@ -178,18 +200,15 @@ class _Stages:
         self, job: Job, model: Model, settings: PoolSettings, tiles: TilesStore, heatmap: HeatmapStore
     ) -> None:
         threads = settings.threads or 1
-        self.explain = Stage(
-            "explain",
-            Explainer,
-            ExplainInit(
-                tiles=str(tiles.path), tiles_id=job.tiles.tiles_id, model=model.path, threads=threads
-            ),
-            "device",
-        )
+        path, tiles_id = str(tiles.path), job.tiles.tiles_id
+        explain = ExplainInit(tiles=path, tiles_id=tiles_id, model=model.path, threads=threads)
+        self.collect = Stage("collect", Collector, explain, "device")
+        self.solve = Stage("solve", Solver, SolveInit(tiles=path, tiles_id=tiles_id, threads=threads), "cpu")
+        self.explain = Stage("explain", Explainer, explain, "device")
         self.stitch = Stage(
             "stitch",
             Stitcher,
-            StitchInit(tiles=str(tiles.path), heatmap=str(heatmap.path), run_id=job.heatmap.run_id),
+            StitchInit(tiles=path, heatmap=str(heatmap.path), run_id=job.heatmap.run_id),
             "cpu",
         )
 
@@ -207,7 +226,7 @@ class _Run:
         heatmap: HeatmapStore,
         tell: Callable[[Event], None],
     ) -> None:
-        self._name, self._pool, self._stages, self._tell = name, pool, stages, tell
+        self._job, self._name, self._pool, self._stages, self._tell = job, name, pool, stages, tell
         self._tiles, self._heatmap = tiles, heatmap
         self.pending = tiles.pending_units()
         plan = job.plan
@@ -226,6 +245,30 @@ class _Run:
         self.tiles_computed = 0
         self._began = time.perf_counter()
 
+    def collect_and_solve(self, sums: Reductions) -> None:
+        """Sum over all tiles and solve, where no earlier run did: nothing can be explained before."""
+        groups = sums.pending_groups() if self.pending and sums.unsolved() else []
+        done, failed, total = 0, 0, sum(len(sums.rows(group)) for group in groups)
+        began = time.perf_counter()
+        for report in self._pool.run(self._stages.collect, [GroupTask(group=group) for group in groups]):
+            assert isinstance(report.task, GroupTask)
+            if report.error:
+                sums.fail_group(report.task.group)
+                self.lost.append(f"{report.key}: {report.error}")
+            self._note("collect", report)
+            rows = len(sums.rows(report.task.group))
+            done, failed = done + rows, failed + (rows if report.error else report.failed)
+            rate = done / max(1e-9, time.perf_counter() - began)
+            self._tell(Event(self._name, "collect", done, total, failed, rate))
+        unsolved = sums.unsolved() if self.pending else []
+        for report in self._pool.run(self._stages.solve, [SolveTask(method=name) for name in unsolved]):
+            if report.error:
+                msg = f"{self._job.request.uri}: {report.key}: {report.error}"
+                raise GigacamError(msg)
+            self._note("solve", report)
+        if not sums.unsolved():
+            sums.drop_collected()
+
     def explain_and_stitch(self) -> None:
         self._stitch(self._order.ready())
         counts = self._tiles.counts()
@@ -239,10 +282,7 @@ class _Run:
                 self._tiles.fail_unit(unit, report.error)
                 self.lost.append(f"{report.key}: {report.error}")
                 given_up = len(self._tiles.unit_rows(unit))
-            self._add(report.seconds_by, "explain", report.seconds)
-            self.notes.extend(report.notes)
-            self.flags.update(report.flags)
-            self.devices |= {report.device} - {""}
+            self._note("explain", report)
             self.tiles_computed += report.done
             done, failed = done + report.done + given_up, failed + given_up
             rate = self.tiles_computed / max(1e-9, time.perf_counter() - self._began)
@@ -259,13 +299,16 @@ class _Run:
                     self.blocks_lost = True
                     continue
                 stage = "downsample" if report.task.level else "stitch"
-                self._add(report.seconds_by, stage, report.seconds)
+                self._note(stage, report)
                 released += self._order.block_done(report.task)
                 self._tell(Event(self._name, stage, self._order.done, self._order.total))
             tasks = released
 
-    def _add(self, parts: dict[str, float], stage: str, seconds: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        for part, value in parts.items():
+    def _note(self, stage: str, report: Report) -> None:
+        self.notes.extend(report.notes)
+        self.flags.update(report.flags)
+        self.devices |= {report.device} - {""}
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + report.seconds
+        for part, value in report.seconds_by.items():
             key = f"{stage}.{part}"
             self.seconds[key] = self.seconds.get(key, 0.0) + value

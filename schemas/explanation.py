@@ -54,6 +54,14 @@ class SolvedState(Frozen):
     doubtful: bool
     """The direction is close to arbitrary; the method says when."""
 
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        name = f"{self.method}, {self.target}" if self.target else self.method
+        made = f"all {self.planned}" if self.tiles == self.planned else f"{self.tiles} of {self.planned}"
+        doubt = ": doubtful" if self.doubtful else ""
+        return f"{name}: one direction, from {made} tiles, explains {self.explained:.0%} of the energy{doubt}"
+
 
 class CellGeometry(Frozen):
     """Where a layer's cells lie in the network's input, in model px, array order.

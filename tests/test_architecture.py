@@ -23,6 +23,7 @@ IO = ("workers.readers", "workers.models", "workers.store")
 LEAVES = ("workers.synthetic", "workers.training")
 EXECUTION = (
     "workers.explainer",
+    "workers.reducer",
     "workers.stitcher",
     "workers.publisher",
     "workers.planner",
@@ -48,6 +49,8 @@ MAY_IMPORT = {part: frozenset(below) for parts, below in RINGS for part in parts
 
 SIDEWAYS = {
     ("workers.explainer", "workers.pool"): "names the task type it is handed",
+    ("workers.reducer", "workers.pool"): "names the task type it is handed",
+    ("workers.reducer", "workers.explainer"): "sums the tiles it reads, from the same store",
     ("workers.stitcher", "workers.pool"): "names the task type it is handed",
     ("workers.planner", "workers.explainer"): "times one batch, and names the device it runs on",
     ("workers.planner", "workers.provenance"): "estimates from rates that were measured",
@@ -82,6 +85,7 @@ ONLY_IN = {
         "workers.training",
         "workers.synthetic.models",
         "workers.explainer",
+        "workers.reducer",
         "workers.trust",
     ),
     "zarr": ("workers.store", "workers.readers", "workers.export", "workers.viewer"),

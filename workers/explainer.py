@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +23,7 @@ from schemas.frozen import Frozen, digest
 from schemas.geometry import Box
 from schemas.run import Report, TilesInfo, UnitTask
 from workers.cam.explain import Explained, MapFlag, explain
+from workers.cam.method import Solved
 from workers.cam.targets import resolve
 from workers.models.adapter import ModelAdapter
 from workers.models.card import load_card
@@ -31,6 +32,7 @@ from workers.models.facts import identified
 from workers.pool import Task
 from workers.readers import open_image
 from workers.readers.reader import Reader
+from workers.store.reductions import Reductions, reduction_targets
 from workers.store.tiles import TilesStore
 
 BATCHES_AHEAD = 2
@@ -83,18 +85,46 @@ def device_summary() -> str:
     return f"torch {torch.__version__}, " + (", ".join(names) or "CPU only")
 
 
+def open_planned(tiles: str, tiles_id: str) -> TilesStore:
+    """The `tiles.zarr` that was planned; StoreError where another one is in its place."""
+    store = TilesStore.open(tiles, mode="r+")
+    if store.info.tiles_id != tiles_id:
+        msg = (
+            f"{tiles}: holds the tiles of another request (found {store.info.tiles_id[:12]}, "
+            f"expected {tiles_id[:12]}); two runs write to one folder: run one at a time"
+        )
+        raise StoreError(msg)
+    return store
+
+
+def _stored_states(store: TilesStore) -> dict[str, tuple[Solved, ...]]:
+    """What was solved for the whole image, by the methods that need it."""
+    found = Reductions(store.path, store.info)
+    cells = {name: int(np.prod(store.info.grids[name].shape)) for name in store.info.reductions}
+    return {
+        name: tuple(
+            Solved(torch.from_numpy(state), s.tiles * cells[name], s.explained, s.doubtful)
+            for state, s in zip(found.state(name), found.solved(name), strict=True)
+        )
+        for name in store.info.reductions
+    }
+
+
+def _any_states(info: TilesInfo) -> dict[str, tuple[Solved, ...]]:
+    """States of no meaning, for timing."""
+    return {
+        name: (Solved(torch.zeros(r.state, dtype=torch.float64), 0.0, 0.0, False),)
+        * reduction_targets(r, info)
+        for name, r in info.reductions.items()
+    }
+
+
 class Explainer:
     """Computes units of one image; kept from task to task."""
 
     def __init__(self, init: ExplainInit) -> None:
-        self._store = TilesStore.open(init.tiles, mode="r+")
-        if self._store.info.tiles_id != init.tiles_id:
-            msg = (
-                f"{init.tiles}: holds the tiles of another request (found {self._store.info.tiles_id[:12]}, "
-                f"expected {init.tiles_id[:12]}); two runs write to one folder: run one at a time"
-            )
-            raise StoreError(msg)
-        self._tiles = TileComputer(self._store.info, init)
+        self._store = open_planned(init.tiles, init.tiles_id)
+        self._tiles = TileComputer(self._store.info, init, _stored_states(self._store))
         self._unit: int | None = None
         """Being computed, or the last that was: a hint of it comes too late."""
 
@@ -138,7 +168,7 @@ class Explainer:
 
 def tiles_per_second(info: TilesInfo, init: ExplainInit, boxes: NDArray[np.int64]) -> float:
     """Rate of one worker over `boxes` `(n, 2, axes)`, decoding included, after a first tile that is not counted."""
-    tiles = TileComputer(info, init)
+    tiles = TileComputer(info, init, _any_states(info))
     rows = np.arange(len(boxes))
     try:
         tiles.compute(boxes[:1], rows[:1])
@@ -166,10 +196,21 @@ class Computed:
 
 
 class TileComputer:
-    """Reads tiles of one image, ahead of the device, and explains them in mini-batches."""
+    """Reads tiles of one image, ahead of the device, and explains them in mini-batches.
 
-    def __init__(self, info: TilesInfo, init: ExplainInit) -> None:
+    Parameters
+    ----------
+    info, init
+        What is computed, and where.
+    states
+        Of the methods that need the whole image.
+    """
+
+    def __init__(
+        self, info: TilesInfo, init: ExplainInit, states: Mapping[str, Sequence[Solved]] | None = None
+    ) -> None:
         self.info = info
+        self._states = states or {}
         spec = info.spec
         self.device = pick_device(init.device)
         self.model = _model(init.model, digest(spec.card), spec.cam.layer, self.device, spec.grid.tile_px)
@@ -193,7 +234,7 @@ class TileComputer:
         parts = {"decode": 0.0, "compute": 0.0}
         batches = []
         seeds = torch.from_numpy(rows)  # noise belongs to the tile, whichever worker computes it
-        for first, pixels, bad in self._batches(boxes, parts):
+        for first, pixels, bad in self.batches(boxes, parts):
             errors.update({first + i: reason for i, reason in bad.items()})
             clock = time.perf_counter()
             batches.append(self._explain(pixels, seeds[first : first + len(pixels)], notes, flags))
@@ -201,8 +242,12 @@ class TileComputer:
         scores = np.concatenate([b[0] for b in batches])
         index = np.concatenate([b[1] for b in batches])
         maps = {name: np.concatenate([b[2][name] for b in batches]) for name in self.info.spec.cam.methods}
+        reason = "the network gave values that are not finite"
+        for name, states in self._states.items():
+            if any(s.cells == 0 for s in states):
+                reason = f"no tile of the image entered the sum that {name} needs"
         for row in _not_finite(scores, maps):
-            errors.setdefault(int(row), "non-finite map: the network gave values that are not finite")
+            errors.setdefault(int(row), f"non-finite map: {reason}")
         for row in errors:
             scores[row] = np.nan
             for values in maps.values():
@@ -219,7 +264,7 @@ class TileComputer:
     def _decode(self, boxes: NDArray[np.int64]) -> list[Future[NDArray[Any]]]:
         return [self._decoders.submit(self._readers.read, box) for box in boxes]
 
-    def _batches(
+    def batches(
         self, boxes: NDArray[np.int64], parts: dict[str, float]
     ) -> Iterator[tuple[int, NDArray[Any], dict[int, str]]]:
         """Decoded mini-batches `(first row, pixels (B, C, *S), failures)`, a few ahead of the device."""
@@ -270,7 +315,9 @@ class TileComputer:
         """Explain a mini-batch; None where device memory ran out: on return all that it held is free."""
         try:
             x = self.model.prepare(pixels)
-            return explain(self.model.net, x, self.targets, self.info.spec.cam.methods, seeds)
+            return explain(
+                self.model.net, x, self.targets, self.info.spec.cam.methods, seeds, states=self._states
+            )
         except torch.OutOfMemoryError:
             if len(pixels) == 1:
                 raise

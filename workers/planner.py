@@ -36,6 +36,7 @@ from workers.readers.overview import read_overview
 from workers.readers.reader import Reader
 from workers.readers.regions import read_polygons
 from workers.stitching.grid import heatmap_grid
+from workers.store.reductions import collected_bytes, group_count, group_rows
 from workers.tiling.plan import Plan, heatmap_bytes, make_plan, peak_memory_bytes, tiles_bytes
 from workers.tiling.positions import make_lattice
 from workers.tiling.tissue import foreground_mask, tissue_mask
@@ -207,6 +208,7 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         image=meta,
         lattice=lattice,
         grids=grids,
+        reductions=facts.reductions,
         classes=facts.classes,
         planned=plan.planned,
         tiles=plan.tiles,
@@ -277,6 +279,11 @@ def summarise(job: Job, request: ExplainRequest, model: Model, pool: PoolSetting
         "heatmap.downsample": str(heat.spec.downsample),
         "heatmap.importance": heat.spec.importance,
     }
+    groups = range(group_count(plan.units)) if tiles.reductions else range(0)
+    twice = (
+        f"{', '.join(tiles.reductions)}: every tile is read and goes through the network twice, first to be summed in "
+        f"{len(groups)} groups, then to be explained"
+    )
     out = Path(request.out).absolute()
     parent = next(p for p in (out, *out.parents) if p.exists())
     workers = pool.workers or 1
@@ -299,20 +306,23 @@ def summarise(job: Job, request: ExplainRequest, model: Model, pool: PoolSetting
         units=plan.units,
         batches=sum(
             -(-min(plan.unit, plan.planned - u * plan.unit) // tiles.spec.batch) for u in range(plan.units)
-        ),
+        )
+        + sum(-(-len(group_rows(g, tiles)) // tiles.spec.batch) for g in groups),
         blocks=sum(int(np.prod(heat.grid.blocks(lv))) for lv in range(len(heat.grid.levels))),
         heatmap_shape=heat.grid.levels[0],
         heatmap_downsample=heat.grid.downsample,
         channels=tuple(c.label for c in heat.channels),
-        tiles_bytes=tiles_bytes(plan, tiles.grids, len(tiles.classes), len(tiles.spec.cam.targets)),
+        tiles_bytes=tiles_bytes(plan, tiles.grids, len(tiles.classes), len(tiles.spec.cam.targets))
+        + collected_bytes(tiles),
         heatmap_bytes=heatmap_bytes(heat.grid, len(heat.channels)),
         disk_free_bytes=shutil.disk_usage(parent).free,
         peak_memory_bytes=peak_memory_bytes(
             plan, heat.grid, tiles.image.channels, tiles.spec.batch, model.facts.weights_bytes
-        ),
-        seconds=None if rate is None else plan.planned / (rate * workers),
+        )
+        + (2 * collected_bytes(tiles) // len(groups) if groups else 0),
+        seconds=None if rate is None else (2 if groups else 1) * plan.planned / (rate * workers),
         defaults={name: value for name, value in used.items() if name not in given},
-        notes=job.notes,
+        notes=(*job.notes, *([twice] if groups else [])),
     )
 
 

@@ -16,9 +16,9 @@ from typing import Any, Literal, Protocol
 
 from schemas.errors import GigacamError, WorkerLostError
 from schemas.frozen import Frozen, digest
-from schemas.run import BlockTask, PoolSettings, Report, UnitTask
+from schemas.run import BlockTask, GroupTask, PoolSettings, Report, SolveTask, UnitTask
 
-Task = UnitTask | BlockTask
+Task = UnitTask | BlockTask | GroupTask | SolveTask
 
 TRANSIENT_ATTEMPTS = 3
 """Tries of a task that meets an OSError or a retryable error of ours."""

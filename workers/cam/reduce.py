@@ -88,7 +88,7 @@ def collect(
         x = x.clone() if x.is_inference() else x.detach()
         seeds = torch.arange(len(x)) if seeds is None else seeds.cpu()
         batch = Batch(net, x, net.forward(x, differentiable=differentiable), seeds)
-        weights, _ = functionals(batch.scores, targets)
+        weights, _ = functionals(batch.scores, targets, batch.reading.symbols)
         views = [View(batch, w, retain=t + 1 < len(weights)) for t, w in enumerate(weights)]
         sound = batch.sound.tolist()
         rows = [r for r in rows if sound[r]]

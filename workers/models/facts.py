@@ -11,6 +11,7 @@ import torch
 from schemas.model import ModelCard, ModelFacts, OutputSpec
 from workers.cam.geometry import grid_cells
 from workers.cam.methods import method
+from workers.cam.reduce import reductions
 from workers.cam.targets import resolve
 from workers.models.adapter import ModelAdapter
 from workers.models.card import LoadedCard, resolved
@@ -78,6 +79,7 @@ def model_facts(
         tile=size,
         cells=cells,
         grids={name: method(name).cells(model.net, shape, cells) for name in methods},
+        reductions=reductions(model.net, model.prepare(torch.zeros(1, *shape)), methods),
         weights_bytes=sum((loaded.folder / f).stat().st_size for f in files if f),
     )
 

@@ -21,6 +21,7 @@ from workers.store.ngff import (
     peak_attributes,
     registration,
 )
+from workers.store.reductions import write_reductions
 
 ERROR_TABLE = ("", "see error_text", "the network gave values that are not finite", "given up by the pool")
 """Short reasons, the table of `error`; a reason that begins like one of them has its code."""
@@ -58,6 +59,7 @@ def write_tiles(path: Path, info: TilesInfo, boxes: NDArray[np.int64]) -> None:
     for method, grid in info.grids.items():
         # one target a chunk: a stitch task reads one channel at a time
         array(f"maps/{method}", "float32", nan, (targets, *grid.shape), unit, one=True)
+    write_reductions(group, info)
     if info.planned < tiles:
         left_out = np.zeros(tiles, np.uint8)
         left_out[info.planned :] = TileStatus.LEFT_OUT
