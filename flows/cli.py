@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -165,9 +165,9 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps([row.model_dump(mode="json") for row in rows]))
         return
-    from flows.tables import method_table
+    from flows.tables import method_table, print_table
 
-    _print_table(method_table(rows))
+    print_table(method_table(rows))
 
 
 @app.command()
@@ -177,7 +177,10 @@ def demo(
         str, typer.Option("--slide", help="A slide of your own to explain too. Default: none.")
     ] = "",
     methods: Annotated[
-        str, typer.Option("--methods", help="CAM methods, comma separated. Default: all but cam.")
+        str,
+        typer.Option(
+            "--methods", help="CAM methods, comma separated; all: every method. Default: a quick selection."
+        ),
     ] = "",
     pool: PoolKind = "ray",
     workers: WorkerCount = None,
@@ -260,7 +263,8 @@ def _check_demo(methods: tuple[str, ...], slide: str) -> None:
 
     try:
         for name in methods:
-            method(name)
+            if name != "all":
+                method(name)
     except SpecError as error:
         msg = f"--methods {error}"
         raise SpecError(msg) from error
@@ -287,12 +291,6 @@ def _finish(report: RunReport, out: str, as_json: bool) -> NoReturn:
 def _interrupted() -> NoReturn:
     print("interrupted: run the same command again to resume; what was computed is kept", file=sys.stderr)
     _exit(EXIT_INTERRUPTED)
-
-
-def _print_table(table: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _exit(code: int) -> NoReturn:

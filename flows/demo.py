@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
@@ -12,13 +13,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flows.progress import Lines
+from flows.tables import Scores, class_words, demo_table, print_table
+from schemas.geometry import Box
 from schemas.run import ExplainRequest, PoolSettings, RunReport
+from workers.cam.methods import METHODS as TABLE
 from workers.evaluator import planted_lesion_scores, rim_lesion_scores
+from workers.export.contact import Outline, write_contact_sheet
+from workers.metrics.planted import DISTRACTOR, LESION, RIM_MINUS, RIM_SHELL
+from workers.readers import open_image
+from workers.store.heatmap import HeatmapStore
 from workers.synthetic.models import train_slide_model, train_volume_model
 from workers.synthetic.slides import write_slide
 from workers.synthetic.volumes import write_phantom
+from workers.trust import Trust, busiest_window, survey
 
 T = TypeVar("T")
+
+ALL = "all"
+"""Stands for every method there is."""
 
 METHODS = ("gradcam", "hirescam", "layercam", "gradcampp", "xgradcam", "eigencam")
 TARGETS = {"lesion against all other tissue": 0.95, "lesion against lesion + distractor": 0.95,
@@ -26,31 +38,64 @@ TARGETS = {"lesion against all other tissue": 0.95, "lesion against lesion + dis
 """What Grad-CAM is expected to reach on data made this way."""
 
 
+SLIDE_VALUES, VOLUME_VALUES = (DISTRACTOR, LESION), (RIM_MINUS, RIM_SHELL)
+"""What tiles are measured on: both classes of each network."""
+TILES_EACH = 8
+SLIDE_OUTLINES = (Outline("lesion", (LESION,), "solid"), Outline("distractor", (DISTRACTOR,), "dotted"))
+VOLUME_OUTLINES = (Outline("rim+ shell", (RIM_SHELL,), "solid"),
+                   Outline("rim- lesion", (RIM_MINUS,), "dotted"))  # fmt: skip
+
+
+def chosen_methods(asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The methods asked for, `all` written out; Grad-CAM comes first, asked for or not."""
+    named = [n for name in asked or METHODS for n in (tuple(TABLE) if name == ALL else (name,))]
+    return tuple(dict.fromkeys(["gradcam", *named]))
+
+
 def run_demo(
     out: Path, slide: str, methods: tuple[str, ...], pool: PoolSettings, seed: int, direct: bool
 ) -> RunReport:
     """Run the whole demo into `out`; returns the run's report."""
     inputs, models, run = out / "inputs", out / "models", out / "run"
-    names = ("gradcam", *(m for m in methods or METHODS if m != "gradcam"))
+    names = chosen_methods(methods)
     slide_path, truth_path = inputs / "slide.tiff", inputs / "slide.truth.tiff"
     volume_path, rim_path = inputs / "volume.nii.gz", inputs / "volume.truth.nii.gz"
     inputs.mkdir(parents=True, exist_ok=True)
+    print("making a slide, a volume, and a network for each ...", flush=True)
     slide_card, volume_card = _side_by_side(
         (_make_slide, (slide_path, truth_path, models / "slide", seed)),
         (_make_volume, (volume_path, rim_path, models / "volume", seed)),
     )
+    print(
+        f"measuring each method alone on {2 * TILES_EACH} tiles, both networks at once, one thread each ...",
+        flush=True,
+    )
+    slide_trust, volume_trust = _side_by_side(
+        (_measure, (slide_card, slide_path, truth_path, SLIDE_VALUES, names, seed)),
+        (_measure, (volume_card, volume_path, rim_path, VOLUME_VALUES, names, seed)),
+    )
+    region, overlap = "", 0.5
+    if ALL in methods:
+        region, overlap = str(inputs / "region.geojson"), 0.0
+        _write_region(inputs / "region.geojson", busiest_window(str(truth_path), SLIDE_VALUES))
+        print(
+            "all methods: to stay within minutes, only the part of the slide in inputs/region.geojson is explained, "
+            "and the volume without overlap of tiles"
+        )
     asked = [
         ExplainRequest(
-            images=(str(slide_path),), model=str(slide_card), out=str(run), methods=names,
-            targets=("lesion",), overlap=0.5,
+            images=(str(slide_path),), model=str(slide_card), out=str(run), methods=_taken(slide_trust),
+            targets=("lesion",), overlap=0.5, region=region,
         ),
         ExplainRequest(
-            images=(str(volume_path),), model=str(volume_card), out=str(run), methods=names,
-            targets=("rim+",), overlap=0.5, tissue="none",
+            images=(str(volume_path),), model=str(volume_card), out=str(run), methods=_taken(volume_trust),
+            targets=("rim+",), overlap=overlap, tissue="none",
         ),
     ]  # fmt: skip
     if slide:
-        asked.append(ExplainRequest(images=(slide,), model=str(slide_card), out=str(run), methods=names))
+        asked.append(
+            ExplainRequest(images=(slide,), model=str(slide_card), out=str(run), methods=_taken(slide_trust))
+        )
     lines: list[str] = []
     report = _timed("explained both", lambda: _explain_all(asked, pool, direct), lines)
     print("\n".join(lines), flush=True)
@@ -59,15 +104,74 @@ def run_demo(
             print(f"{image.status}: {image.error}", file=sys.stderr)
             return report
     by_image = {image.image: Path(image.output) for image in report.images}
-    print(f"\nAUROC of raw signed maps over evaluated pixels (models and data of seed {seed})")
     slide_folder, volume_folder = by_image[str(slide_path)], by_image[str(volume_path)]
-    _print_scores(planted_lesion_scores(slide_path, truth_path, slide_folder))
-    _print_scores(rim_lesion_scores(volume_path, rim_path, volume_folder))
+    print(f"\nAUROC of raw signed maps over evaluated pixels (models and data of seed {seed})")
+    sheets = [
+        _tell(slide_path, truth_path, slide_folder, planted_lesion_scores, slide_trust, SLIDE_OUTLINES),
+        _tell(volume_path, rim_path, volume_folder, rim_lesion_scores, volume_trust, VOLUME_OUTLINES),
+    ]
     print("\nTo look at:")
+    for sheet in sheets:
+        print(f"  {sheet}")
     for image in report.images:
         print(f"  {Path(image.output) / 'overview.png'}")
         print(f"  {Path(image.output) / 'heatmap.ome.zarr'}")
     return report
+
+
+def _taken(trust: tuple[Trust, ...]) -> tuple[str, ...]:
+    return tuple(row.method for row in trust if not row.reason)
+
+
+def _measure(
+    card: Path, image: Path, truth: Path, values: tuple[int, ...], names: tuple[str, ...], seed: int
+) -> tuple[tuple[Trust, ...], list[str]]:
+    lines: list[str] = []
+    rows = _timed(
+        f"measured {len(names)} methods on {image.name}",
+        lambda: survey(str(card), str(image), str(truth), values, names, TILES_EACH, seed),
+        lines,
+    )
+    return rows, lines
+
+
+def _write_region(path: Path, box: Box) -> None:
+    """A box of a slide as GeoJSON, whose points are (x, y)."""
+    (top, left), (bottom, right) = box.start, box.stop
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    path.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}), encoding="utf-8")
+
+
+def _tell(
+    image: Path, truth: Path, folder: Path, scores: Callable[[Path, Path, Path], Scores],
+    trust: tuple[Trust, ...], outlines: tuple[Outline, ...],
+) -> Path:  # fmt: skip
+    """Print the table of one image's maps and draw their contact sheet; its path."""
+    found = scores(image, truth, folder)
+    print_table(demo_table(image.name, found, trust))
+    _print_verdict(found)
+    refused = [f"{row.method}: not applicable to this network: {row.reason}" for row in trust if row.reason]
+    print("\n".join(refused), flush=True)
+    rows = {row.method: row for row in trust}
+    captions = {
+        label: f"AUROC {' / '.join(f'{v:.2f}' for v in found[label].values())}, class {class_words(rows[label.rpartition(':')[0]])}"
+        for label in found if ":" in label
+    }  # fmt: skip
+    notes = [
+        f"AUROC: {' / '.join(next(iter(found.values())))}. Class: rank correlation of the maps for the two classes; 1 means that "
+        "the map does not know which class is asked for.",
+        *refused,
+    ]
+    heatmap = HeatmapStore.open(folder / "heatmap.ome.zarr")
+    return write_contact_sheet(
+        folder / "methods.png",
+        open_image(str(image)),
+        open_image(str(truth)),
+        heatmap,
+        outlines,
+        captions,
+        notes,
+    )
 
 
 def _make_slide(path: Path, truth: Path, model: Path, seed: int) -> tuple[Path, list[str]]:
@@ -86,20 +190,19 @@ def _make_volume(path: Path, truth: Path, model: Path, seed: int) -> tuple[Path,
     return card, lines
 
 
-def _side_by_side(*calls: tuple[Callable[..., tuple[Path, list[str]]], tuple[Any, ...]]) -> list[Path]:
+def _side_by_side(*calls: tuple[Callable[..., tuple[T, list[str]]], tuple[Any, ...]]) -> list[T]:
     """Run the calls in a process each, one thread a process: small networks gain little from a second one."""
-    print("making a slide, a volume, and a network for each ...", flush=True)
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
         with ProcessPoolExecutor(len(calls), mp_context=multiprocessing.get_context("spawn")) as processes:
             running = [processes.submit(call, *args) for call, args in calls]
-            cards = []
+            results = []
             for future in running:
-                card, lines = future.result()
-                cards.append(card)
+                result, lines = future.result()
+                results.append(result)
                 print("\n".join(f"  {line}" for line in lines), flush=True)
-            return cards
+            return results
     finally:
         if threads is None:
             del os.environ["OMP_NUM_THREADS"]
@@ -122,18 +225,12 @@ def _explain_all(asked: list[ExplainRequest], pool: PoolSettings, direct: bool) 
     return reports[-1].model_copy(update={"images": images})
 
 
-def _print_scores(table: dict[str, dict[str, float]]) -> None:
-    columns = list(next(iter(table.values())))
-    width = max(len(name) for name in table)
-    print("\n" + " " * width + "  " + "  ".join(columns))
-    for name, scores in table.items():
-        print(f"{name:{width}}  " + "  ".join(f"{scores[c]:>{len(c)}.3f}" for c in columns))
-    first = next(iter(table))
-    for column in columns:
-        verdict = "reached" if table[first][column] >= TARGETS[column] else "MISSED"
-        print(
-            f"{first}: {column} {table[first][column]:.3f}, expected at least {TARGETS[column]:.2f}: {verdict}"
-        )
+def _print_verdict(table: Scores) -> None:
+    """Whether the first method reached what is expected of Grad-CAM."""
+    first, scores = next(iter(table.items()))
+    for column, value in scores.items():
+        verdict = "reached" if value >= TARGETS[column] else "MISSED"
+        print(f"{first}: {column} {value:.3f}, expected at least {TARGETS[column]:.2f}: {verdict}")
 
 
 def _timed(what: str, do: Callable[[], T], lines: list[str]) -> T:

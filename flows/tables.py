@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 
 import schemas.geometry
@@ -13,6 +16,9 @@ import schemas.ngff  # noqa: F401
 from schemas.explanation import MethodInfo
 from schemas.frozen import Frozen
 from schemas.run import PlanSummary, RunReport
+
+if TYPE_CHECKING:
+    from workers.trust import Trust
 
 
 def plan_lines(plan: PlanSummary) -> list[str]:
@@ -75,6 +81,43 @@ def method_table(methods: Sequence[MethodInfo]) -> Table:
             row.citation,
         )
     return table
+
+
+Scores = dict[str, dict[str, float]]
+"""AUROC by channel and question."""
+
+
+def demo_table(title: str, scores: Scores, trust: Sequence[Trust]) -> Table:
+    """How well each method found what was planted, and how far it can be trusted; what is no method comes last."""
+    questions = list(next(iter(scores.values())))
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("method", no_wrap=True)
+    for column in (*questions, "s / 1,000 tiles", "class sensitivity", "SSIM under noise"):
+        table.add_column(column, justify="right")
+    labels = {label.rpartition(":")[0]: label for label in scores if ":" in label}
+    for row in trust:
+        if row.reason:
+            table.add_row(row.method, *["-"] * len(questions), "not applicable")
+            continue
+        found = [f"{scores[labels[row.method]][q]:.3f}" for q in questions]
+        noise = f"{row.robustness.ssim.mean:.3f}" if row.robustness else "none used"
+        table.add_row(row.method, *found, f"{row.seconds_per_1000:.1f}", class_words(row), noise)
+    for label in [label for label in scores if ":" not in label]:
+        table.add_row(label, *(f"{scores[label][q]:.3f}" for q in questions))
+    return table
+
+
+def class_words(row: Trust) -> str:
+    """A method's class sensitivity, and of how many tiles where some had none."""
+    if row.sensitivity is None or not row.sensitivity.counted:
+        return "-"
+    left_out = f" ({row.sensitivity.counted} tiles)" if row.sensitivity.left_out else ""
+    return f"{row.sensitivity.mean:.2f}{left_out}"
+
+
+def print_table(table: Table) -> None:
+    """Print to the terminal's width; wide where nobody looks."""
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def json_schemas() -> dict[str, type[Frozen]]:

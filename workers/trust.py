@@ -23,6 +23,8 @@ from workers.cam.targets import ResolvedTarget, resolve
 from workers.evaluator import at_centres
 from workers.metrics.sensitivity import Measured, Robustness, class_sensitivity, robustness
 from workers.models.adapter import ModelAdapter
+from workers.models.card import load_card
+from workers.models.cnn import load_model
 from workers.readers import open_image
 
 NOISE = 0.1
@@ -30,6 +32,9 @@ NOISE = 0.1
 TIMED_S = 1.0
 """A quick method is timed again until so much time is spent."""
 TIMED_MOST = 5
+WINDOWS_PX = (1536, 2048, 3072)
+WINDOW_SHARE = 0.03
+"""Of a window's area that each planted thing should cover."""
 TRUTH_PX = 1024
 """Longest side at which a truth is looked through for places."""
 
@@ -130,3 +135,33 @@ def planted_tiles(
         tiles.append(reader.read(box, tile, 0)[0])
     reader.close()
     return np.stack(tiles)
+
+
+def survey(
+    card: str, image: str, truth: str, values: tuple[int, ...], methods: Sequence[str], each: int, seed: int
+) -> tuple[Trust, ...]:
+    """Measure methods, each alone, on tiles of an image around what was planted in it; see `measure`, `planted_tiles`."""
+    model = load_model(load_card(card))
+    tiles = planted_tiles(image, truth, model.card.input.tile, values, each, seed)
+    return tuple(measure(model, tiles, name) for name in methods)
+
+
+def busiest_window(truth: str, values: tuple[int, ...]) -> Box:
+    """A square of a slide that holds much of each of the planted `values`: the smallest of a few sizes that does."""
+    reader = open_image(truth)
+    size = reader.meta.shape_l0
+    reader.close()
+    step = max(1, max(size) // TRUTH_PX)
+    labels = at_centres(truth, ReadOptions(), tuple(-(-n // step) for n in size), step)
+    for side in (*(s for s in WINDOWS_PX if s < min(size)), min(size)):
+        cells = side // step
+        corner = tuple(n - cells + 1 for n in labels.shape)
+        sums = [np.cumsum(np.cumsum(np.pad(labels == v, ((1, 0), (1, 0))), 0), 1) for v in values]
+        shares = np.min(
+            [s[cells:, cells:] - s[:-cells, cells:] - s[cells:, :-cells] + s[:-cells, :-cells] for s in sums], axis=0
+        ) / cells**2  # fmt: skip
+        y, x = np.unravel_index(int(shares.argmax()), corner)
+        if shares.max() >= WINDOW_SHARE:
+            break
+    start = (int(y) * step, int(x) * step)
+    return Box(frame="l0", start=start, stop=tuple(s + cells * step for s in start))

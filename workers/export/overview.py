@@ -96,14 +96,14 @@ def _slide_blocks(
     info = heatmap.info
     step = math.ceil(max(reader.meta.shape_l0) / LONGEST_PX)
     pixels, picture_l0, bad = read_overview(reader, spacing=tuple(s * step for s in info.spacing))
-    picture = _rgb(pixels)
+    picture = rgb(pixels)
     size = _pair(n * d * s for n, d, s in zip(picture.shape[:2], picture_l0, info.spacing, strict=True))
     level = level_for(len(info.grid.levels), info.grid.downsample, picture_l0)
     heat_l0 = [d * 2**level for d in info.grid.downsample]
     coverage = place(np.asarray(heatmap.coverage(level)[...]), heat_l0, picture.shape[:2], picture_l0)
     blocks = []
     for c in channels:
-        signed, window = info.channels[c].signed, _window(heatmap, c, level)
+        signed, window = info.channels[c].signed, display_window(heatmap, c, level)
         values = place(np.asarray(heatmap.image(level)[c]), heat_l0, picture.shape[:2], picture_l0)
         under = compose(picture, values, coverage, window, signed, colours(signed))
         panels = (Panel(picture, size, "Slide"), Panel(under, size, info.channels[c].label))
@@ -125,7 +125,7 @@ def _volume_blocks(
     extent = physical_size(meta)
     blocks = []
     for c in channels:
-        signed, window = info.channels[c].signed, _window(heatmap, c, 0)
+        signed, window = info.channels[c].signed, display_window(heatmap, c, 0)
         peak = strongest(heatmap.as_dask(0, c))
         at_hm = peak or tuple(n // 2 for n in grid.levels[0])
         # Its centre, kept inside where the heatmap's last voxel reaches past the image.
@@ -204,7 +204,7 @@ def _legend(
     )
 
 
-def _window(heatmap: HeatmapStore, channel: int, level: int) -> tuple[float, float]:
+def display_window(heatmap: HeatmapStore, channel: int, level: int) -> tuple[float, float]:
     """The published display window, or one of the level drawn where none is published yet."""
     info = heatmap.info
     if info.display:
@@ -213,7 +213,7 @@ def _window(heatmap: HeatmapStore, channel: int, level: int) -> tuple[float, flo
     return channel_statistics(lazy, [info.channels[channel].signed]).display[0]
 
 
-def _rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+def rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     """`(C, H, W)` of any channels and type as `(H, W, 3)` uint8: the first three channels, or grey from the first."""
     chosen = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
     if chosen.dtype != np.uint8:

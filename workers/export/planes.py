@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from schemas.geometry import Box
 from schemas.image import ImageMeta
 from workers.readers.overview import choose_level
 from workers.readers.reader import Reader
+
+T = TypeVar("T", bound=np.generic)
 
 PLANE_PX = 560
 """Picture pixels along the longest physical side of the volume."""
@@ -38,7 +41,7 @@ VIEWS = (
 """Of the internal array: x to the right, y to the front, z up."""
 
 
-def oriented(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def oriented(plane: NDArray[T]) -> NDArray[T]:
     """A plane `(rows, columns, ...)` of the array as it is shown: front, head and the patient's right come first."""
     return plane[::-1, ::-1]
 
