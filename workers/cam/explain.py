@@ -172,8 +172,7 @@ def _each_target(row: Method, views: Sequence[View], states: Sequence[Solved]) -
     doubtful = torch.stack(
         [raw.new_zeros(len(raw), dtype=torch.bool) if d is None else d for _, d in done], 1
     )
-    on_layer = raw.ndim == 3  # (B, T, Z): one value a cell of the layer
-    return raw.reshape(*raw.shape[:2], *views[0].grid) if on_layer else raw, doubtful
+    return raw if row.place else raw.reshape(*raw.shape[:2], *views[0].grid), doubtful
 
 
 def _weighted_channels(

@@ -63,10 +63,51 @@ def gradcampp(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         `(B,)` True where a channel that counts has a denominator at or below 0: `S < 0`, possible only on layers
         without a ReLU, for which the method was not made.
     """
-    denominator = 2 + a.sum(-1, keepdim=True) * g
+    alpha, doubtful = _gradcampp_alpha(a.sum(-1, keepdim=True), g)
+    return _weighted((alpha * g.relu()).sum(-1), a), doubtful.flatten(1).any(1)
+
+
+def counterfactual(a: Tensor, g: Tensor) -> Tensor:
+    """Counterfactual Grad-CAM: where removing what is there would raise the score (Selvaraju et al., ICCV 2017, 3.3)."""
+    return -gradcam(a, g)
+
+
+def gradcam_elementwise(a: Tensor, g: Tensor) -> Tensor:
+    """Grad-CAM element-wise: the positive part of gradient times activation, summed over channels; never negative."""
+    return (g * a).relu().sum(1)
+
+
+def gradcampp_official(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Grad-CAM++ as its authors' code computes it, without the factor exp(y) of their weights.
+
+    Alpha is that of `gradcampp` divided by its own sum over the cells with a positive gradient (by 1 where that sum is
+    0). The authors' weights are `exp(y)` times these, with `y` the target's score: beyond 88 that overflows float32, so
+    the factor is carried as its logarithm, which is the score that is stored with every map.
+
+    Returns
+    -------
+    map
+        `(B, Z)`; the authors' is `exp(y)` times it.
+    doubtful
+        `(B,)`, as in `gradcampp`.
+    """
+    weight, doubtful = gradcampp_official_weights(a, g)
+    return _weighted(weight, a), doubtful
+
+
+def gradcampp_official_weights(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Channel weights `(B, K)` over `exp(y)`, and doubt `(B,)`."""
+    alpha, doubtful = _gradcampp_alpha(a.sum(-1, keepdim=True), g)
+    total = torch.where(g > 0, alpha, 0).sum(-1, keepdim=True)
+    alpha = alpha / torch.where(total == 0, 1, total)
+    return (alpha * g.relu()).sum(-1), doubtful.flatten(1).any(1)
+
+
+def _gradcampp_alpha(total: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Alpha for channel sums `total`, and where a cell that counts has a denominator at or below 0."""
+    denominator = 2 + total * g
     alpha = torch.where(denominator == 0, g * g, 1 / torch.where(denominator == 0, 1, denominator))
-    doubtful = ((denominator <= 0) & (g > 0)).flatten(1).any(1)
-    return _weighted((alpha * g.relu()).sum(-1), a), doubtful
+    return alpha, (denominator <= 0) & (g > 0)
 
 
 def _no_linear_head(_view: View, _options: Options) -> NoReturn:
@@ -99,9 +140,18 @@ def _gradient_of_live_channels(a: Tensor, g: Tensor) -> tuple[Tensor, Doubt]:
 
 
 def _gradcampp_weights(a: Tensor, g: Tensor) -> tuple[Tensor, Doubt]:
-    denominator = 2 + a.sum(-1)[:, None] * g
-    alpha = torch.where(denominator == 0, g * g, 1 / torch.where(denominator == 0, 1, denominator))
-    return a.shape[-1] * alpha * g.relu(), ((denominator <= 0) & (g > 0)).any(-1)
+    alpha, doubtful = _gradcampp_alpha(a.sum(-1)[:, None], g)
+    return a.shape[-1] * alpha * g.relu(), doubtful.any(-1)
+
+
+def _gradcampp_official_weights(a: Tensor, g: Tensor) -> tuple[Tensor, Doubt]:
+    # alpha is the same in all cells, so that normalised it is 1 / Z: the weight is the positive gradient
+    _, doubtful = _gradcampp_alpha(a.sum(-1)[:, None], g)
+    return g.relu().expand(*doubtful.shape), doubtful.any(-1)
+
+
+def _negative_gradient(_: Tensor, g: Tensor) -> tuple[Tensor, Doubt]:
+    return -g, None
 
 
 METHODS = (
@@ -135,5 +185,21 @@ METHODS = (
         "xgradcam", "XGrad-CAM", pure(xgradcam), "1",
         "Fu et al., Axiom-based Grad-CAM, BMVC 2020", edition="before the final ReLU",
         weigh=_gradient_of_live_channels,
+    ),
+    row(
+        "gradcampp_official", "Grad-CAM++ official", pure(gradcampp_official), "1",
+        "Chattopadhyay et al., Grad-CAM++, WACV 2018", signed=False,
+        edition="authors' code: alpha normalised over cells of positive gradient; map over exp(score), before the final ReLU",
+        weigh=_gradcampp_official_weights,
+    ),
+    row(
+        "gradcam_elementwise", "Grad-CAM element-wise", pure(gradcam_elementwise), "logit",
+        "Gildenblat et al., pytorch-grad-cam (GradCAMElementWise), 2021", signed=False,
+        edition="positive part of gradient times activation, a channel at a time",
+    ),
+    row(
+        "counterfactual", "Counterfactual Grad-CAM", pure(counterfactual), "logit/cell",
+        "Selvaraju et al., Grad-CAM, ICCV 2017", edition="mean negated gradient (paper), before the final ReLU",
+        weigh=_negative_gradient,
     ),
 )  # fmt: skip
