@@ -236,6 +236,16 @@ class OutputSpec(Frozen):
         return unit if logits else _OTHER_UNIT.get(unit, unit)
 
 
+class ChannelName(Frozen):
+    """What a channel of the explained layer was found to answer to, and who says so."""
+
+    name: str = Field(min_length=1)
+    score: float
+    """How well, by the measure that `provenance` states."""
+    provenance: str = Field(min_length=1)
+    """Measure, data and author of the finding, such as `IoU, network dissection, Broden`."""
+
+
 class CamLayer(Frozen):
     """`[cam]`: the layer that is explained unless another is asked for."""
 
@@ -247,6 +257,8 @@ class CamLayer(Frozen):
     """Class and register tokens before the patches. None: inferred where only one number is possible."""
     token_grid: tuple[int, ...] = ()
     """Patches an axis, array order. Empty: inferred where only one grid of square patches is possible."""
+    channels: dict[Annotated[int, Field(ge=0)], ChannelName] = Field(default_factory=dict)
+    """`[cam.channels]`: names of channels of `layer`, by number; no part of what identifies the model."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

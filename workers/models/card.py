@@ -62,6 +62,7 @@ def resolved(card: ModelCard) -> dict[str, Any]:
     for section, names in _PATHS.items():
         for name in names:
             (found.get(section) or {}).pop(name, None)
+    found["cam"].pop("channels")  # names change no number
     return found
 
 
