@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.cam.capture import SplitNet
+from workers.cam.readout import Scores
 from workers.cam.view import full
 
 PROOFS = 4
@@ -66,6 +67,8 @@ def linear_head(net: SplitNet, x: Tensor) -> LinearHead | None:
 
 
 def _prove(net: SplitNet, x: Tensor) -> LinearHead | None:
+    if not isinstance(net.readout, Scores):
+        return None  # what the tail gives is not yet the scores
     activations = net.trunk(x)
     if activations.ndim < 3:
         return None  # said in full where the layer is explained
@@ -76,8 +79,6 @@ def _prove(net: SplitNet, x: Tensor) -> LinearHead | None:
         random = (torch.randn(shape, generator=generator) * size).to(activations)
         leaf = random.detach().clone().requires_grad_()
         scores = net.tail(leaf, x.expand(PROOFS, *x.shape[1:]))
-        if scores.ndim != 2:
-            return None  # a mask or a sequence
         if not scores.requires_grad:
             return None  # nothing reaches the layer: said where the gradient is asked for
         mix = torch.randn(scores.shape, generator=generator).to(scores)

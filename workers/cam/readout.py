@@ -1,7 +1,7 @@
 """From what a network puts out to the scores that targets are made of: classes, masks, embeddings, sequences.
 
-A readout has two steps. `take` finds the tensor in the output and checks its shape, for every pass. `reading`, once a
-batch, fixes what depends on what the network said of each tile: the region it segmented, the symbols it emitted. That
+A readout has two steps. `take` finds the tensor in the output and checks its shape, for every pass; it computes
+nothing. `reading`, once a batch, fixes what depends on what the network said of each tile: the region it segmented, the symbols it emitted. That
 choice is then a constant, also where a method runs the network again on changed input or activations: a target does
 not move while it is explained.
 """
@@ -80,16 +80,18 @@ class Similarity:
                 f"{self.references.shape[1]}; make them with this network"
             )
             raise ModelError(msg)
-        references = self.references.to(found)
-        dot: Tensor = found @ references.T
-        if self.kind == "dot":
-            return dot
-        # no epsilon: without a length there is no angle
-        lengths: Tensor = found.norm(dim=1, keepdim=True) * references.norm(dim=1)
-        return dot / lengths
+        return found
 
     def reading(self, output: Tensor) -> Reading:
-        return AS_IT_IS
+        references = self.references.to(output)
+        sizes = references.norm(dim=1)
+
+        def read(out: Tensor, _: Tensor | None) -> Tensor:
+            dot = out @ references.T
+            # no epsilon: without a length there is no angle
+            return dot if self.kind == "dot" else dot / (out.norm(dim=1, keepdim=True) * sizes)
+
+        return Reading(read)
 
 
 @dataclass(frozen=True, eq=False)
