@@ -147,7 +147,7 @@ def _compute(
         counts=counts,
         failures=failures,
         failed_tasks=tuple(run.lost),
-        prediction=predictions(tiles),
+        prediction=predictions(tiles, model.card.output),
         channels=heatmap.info.channels,
         value_range=heatmap.info.value_range,
         display=heatmap.info.display,

@@ -9,9 +9,12 @@ from pydantic import Field
 from schemas.frozen import Frozen
 
 Need = Literal["activations", "gradients", "tail", "input", "weights", "attention", "slide_reduce"]
-Unit = Literal["logit", "logit/cell", "1"]
-Precision = Literal["fp32"]
+Unit = Literal["logit", "logit/cell", "score", "score/cell", "1"]
+"""A method's table says `logit`; where the network's scores are no logits, its channels say `score`."""
+Precision = Literal["fp32", "fast-fp32", "fast-bf16"]
 """The tiers there are; a tier changes the numbers, so it is part of what is hashed."""
+AskedPrecision = Literal["fp32", "fast", "fast-fp32", "fast-bf16"]
+"""`fast` is the fast tier of the processor at hand."""
 
 
 class MethodInfo(Frozen):

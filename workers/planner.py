@@ -15,7 +15,7 @@ from schemas.frozen import digest
 from schemas.grid import GridSpec, TissueSpec
 from schemas.heatmap import ChannelInfo, HeatmapSpec
 from schemas.image import ImageRequest, ReadOptions
-from schemas.model import ModelCard, ModelFacts
+from schemas.model import ModelCard, ModelFacts, OutputSpec
 from schemas.run import (
     ExplainRequest,
     HeatmapInfo,
@@ -216,11 +216,13 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         versions=versions(),
     )
     folder = Path(request.out).absolute() / meta.image_id(request.image_id)
-    heatmap = _heatmap_info(tiles, request.heatmap, facts)
+    heatmap = _heatmap_info(tiles, request.heatmap, facts, card.output)
     return Job(image, folder, plan, tiles, heatmap, method, fraction, tuple(notes))
 
 
-def _heatmap_info(tiles: TilesInfo, asked: HeatmapSpec, facts: ModelFacts) -> HeatmapInfo:
+def _heatmap_info(
+    tiles: TilesInfo, asked: HeatmapSpec, facts: ModelFacts, output: OutputSpec
+) -> HeatmapInfo:
     meta, cam = tiles.image, tiles.spec.cam
     finest = min((grid.cell_l0 for grid in tiles.grids.values()), key=min)
     downsample = asked.downsample or auto_downsample(meta.kind, meta.shape_l0, finest)
@@ -229,7 +231,7 @@ def _heatmap_info(tiles: TilesInfo, asked: HeatmapSpec, facts: ModelFacts) -> He
             method=name,
             target=target,
             target_index=index,
-            unit=info.unit,
+            unit=output.unit(info.unit),
             signed=info.signed,
             grid=tiles.grids[name].shape,
         )

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from schemas.errors import ModelError
 from schemas.explanation import CellGeometry
-from schemas.model import InputSpec, ModelCard
+from schemas.model import CamLayer, InputSpec, ModelCard
 from workers.cam.capture import HookedNet, SplitNet
 from workers.cam.geometry import measure_cells
+from workers.cam.reach import check_tokens
 from workers.cam.targets import resolve
+from workers.cam.tokens import TokenLayout
 from workers.models.adapter import ModelAdapter
 from workers.models.card import LoadedCard
 from workers.models.checkpoint import check_digest, load_weights
 from workers.models.exported import load_exported, load_scripted_pair
 from workers.models.networks import factory_network, monai_network
+from workers.models.outputs import make_readout
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class TileModel:
         return prepare(pixels, self.card.input, self.device)
 
     def scores(self, x: Tensor) -> Tensor:
-        return self.net.forward(x).scores.detach()
+        output = self.net.forward(x, differentiable=False).scores.detach()
+        return self.net.readout.reading(output)(output)
 
 
 def load_model(
@@ -139,7 +143,18 @@ def _split(loaded: LoadedCard, layer: str, tile: tuple[int, ...], device: torch.
         network = factory_network(spec.name, spec.args)
     if spec.weights:
         load_weights(network, loaded.folder / spec.weights, spec.sha256)
-    return HookedNet(network.eval().requires_grad_(False).to(device), layer)
+    readout = make_readout(loaded)
+    return HookedNet(
+        network.eval().requires_grad_(False).to(device),
+        layer,
+        readout,
+        tokens=_tokens(loaded.card.cam, layer),
+    )
+
+
+def _tokens(cam: CamLayer, layer: str) -> TokenLayout:
+    # Another layer of the network has the same patches, but may lie otherwise.
+    return TokenLayout(cam.layout if layer == cam.layer else "", cam.prefix_tokens, cam.token_grid)
 
 
 def _program(loaded: LoadedCard, layer: str, tile: tuple[int, ...], device: torch.device) -> SplitNet:
@@ -147,7 +162,7 @@ def _program(loaded: LoadedCard, layer: str, tile: tuple[int, ...], device: torc
     if spec.weights:
         path = loaded.folder / spec.weights
         check_digest(path, spec.sha256)
-        net = load_exported(path, layer, (loaded.card.input.channels, *tile))
+        net = load_exported(path, layer, (loaded.card.input.channels, *tile), make_readout(loaded))
     else:
         if layer != loaded.card.cam.layer:
             msg = f"layer {layer!r} is asked for, but a trunk and tail pair is cut where its card says: {loaded.card.cam.layer!r}"
@@ -155,7 +170,7 @@ def _program(loaded: LoadedCard, layer: str, tile: tuple[int, ...], device: torc
         trunk, tail = loaded.folder / spec.trunk, loaded.folder / spec.tail
         check_digest(trunk, spec.trunk_sha256)
         check_digest(tail, spec.tail_sha256)
-        net = load_scripted_pair(trunk, tail, layer)
+        net = load_scripted_pair(trunk, tail, layer, make_readout(loaded))
     net.module.requires_grad_(False).to(device)
     return net
 
@@ -176,12 +191,15 @@ def _preflight(net: SplitNet, card: ModelCard, tile: tuple[int, ...], device: to
     found = tuple(split.activations.shape[2:])
     if len(found) != len(tile):
         msg = (
-            f"the layer gives {found or 'no'} cells a channel, the tile has {len(tile)} axes: a sequence of tokens has no "
-            "place in the tile; name a layer whose output is a feature map"
+            f"the layer gives {found or 'no'} cells a channel, the tile has {len(tile)} axes: name a layer whose output is a "
+            "feature map, or say in the card's [cam] how its tokens lie (layout, prefix_tokens, token_grid)"
         )
         raise ModelError(msg)
-    net.grad(split.scores.sum(1), split.activations)
-    n_outputs = split.scores.shape[1]
-    if card.output.kind in ("logits", "logit", "regression"):
-        resolve(["all"], card.output, n_outputs)
-    return n_outputs
+    if isinstance(net, HookedNet):
+        check_tokens(net, x.reshape(shape), split)
+    reading = net.readout.reading(split.scores.detach())
+    with torch.enable_grad():
+        scores = reading(split.scores)
+    net.grad(scores.sum(1), split.activations)
+    resolve(["all"], card.output, scores.shape[1])
+    return scores.shape[1]

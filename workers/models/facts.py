@@ -12,7 +12,7 @@ from schemas.model import ModelCard, ModelFacts, OutputSpec
 from workers.cam.geometry import grid_cells
 from workers.cam.methods import method
 from workers.cam.reduce import reductions
-from workers.cam.targets import resolve
+from workers.cam.targets import resolve, score_names
 from workers.models.adapter import ModelAdapter
 from workers.models.card import LoadedCard, resolved
 from workers.models.cnn import load_model
@@ -66,13 +66,9 @@ def model_facts(
     cells = model.cells if cell_centres == "receptive_field" else grid_cells(model.cells.shape, size)
     shape = (card.input.channels, *size)
     files = (card.network.weights, card.network.trunk, card.network.tail)
-    if card.output.kind == "logit":
-        classes = card.output.classes[-1:] or ("1",)
-    else:
-        classes = card.output.classes or tuple(str(i) for i in range(model.n_outputs))
     return ModelFacts(
         card=identified(card, model),
-        classes=classes,
+        classes=score_names(card.output, model.n_outputs),
         targets=tuple(t.name for t in found),
         target_index=tuple(t.index for t in found),
         layer=layer,
