@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from schemas.errors import ModelError
 from schemas.geometry import Box
 from schemas.image import ReadOptions
+from workers.cam.capture import SplitNet
 from workers.cam.explain import Explained, explain
 from workers.cam.methods import method
 from workers.cam.noise import NoisyNet
@@ -69,37 +71,46 @@ def measure(model: ModelAdapter, pixels: NDArray[Any], name: str, *, noise: floa
         Of the robustness test, as a share of the gradient's own standard deviation; 0 leaves the test out.
     """
     x = model.prepare(pixels)
-    output = model.card.output
-    classes = resolve([str(i) for i in range(max(model.n_outputs, 2))], output, model.n_outputs)
-    one = resolve([output.default_target or "0"], output, model.n_outputs)
-
-    def maps(
-        targets: Sequence[ResolvedTarget], gradient_noise: float = 0.0
-    ) -> tuple[NDArray[Any], Explained]:
-        states = {}
-        if method(name).slide is not None:  # these tiles are the image
-            rows = range(len(x))
-            noisy = NoisyNet(model.net, gradient_noise, torch.arange(len(x))) if gradient_noise else model.net
-            states = {name: solve(name, collect(noisy, x, targets, [name], rows)[name])}
-        found = explain(model.net, x, targets, [name], gradient_noise=gradient_noise, states=states)
-        return found.maps[name].cpu().numpy(), found
-
+    classes, one = both_classes(model), target_of(model)
     try:
-        plain, found = maps(classes)
+        found = explained(model.net, x, classes, name)
     except ModelError as error:
         return Trust(name, reason=str(error))
+    plain = found.maps[name].cpu().numpy()
     sensitivity = class_sensitivity(plain, found.scores.cpu().numpy(), tuple(x.shape[2:]))
     robust = None
     if noise and "gradients" in method(name).info.needs:
-        target = int(one[0].index or 0)
-        robust = robustness(plain[:, target], maps(one, noise)[0][:, 0])
+        noisy = explained(model.net, x, one, name, noise).maps[name].cpu().numpy()
+        robust = robustness(plain[:, one[0].index or 0], noisy[:, 0])
     seconds: list[float] = []
     while len(seconds) < TIMED_MOST and sum(seconds) < TIMED_S:
         began = time.perf_counter()
-        maps(one)  # on the host at its end, whatever the device
+        explained(model.net, x, one, name).maps[name].cpu()  # done only when it is on the host
         seconds.append(time.perf_counter() - began)
     per_1000 = statistics.median(seconds) * 1000 / len(pixels)
     return Trust(name, seconds_per_1000=per_1000, sensitivity=sensitivity, robustness=robust)
+
+
+def both_classes(model: ModelAdapter) -> tuple[ResolvedTarget, ...]:
+    """Every class as a target; of a one-logit network, both its signs."""
+    names = [str(i) for i in range(max(model.n_outputs, 2))]
+    return resolve(names, model.card.output, model.n_outputs)
+
+
+def target_of(model: ModelAdapter) -> tuple[ResolvedTarget, ...]:
+    """The card's default target alone, else class 0."""
+    return resolve([model.card.output.default_target or "0"], model.card.output, model.n_outputs)
+
+
+def explained(
+    net: SplitNet, x: Tensor, targets: Sequence[ResolvedTarget], name: str, gradient_noise: float = 0.0
+) -> Explained:
+    """One method's maps; for one that needs the whole image, the batch is the image."""
+    states = {}
+    if method(name).slide is not None:
+        seen = NoisyNet(net, gradient_noise, torch.arange(len(x))) if gradient_noise else net
+        states = {name: solve(name, collect(seen, x, targets, [name], range(len(x)))[name])}
+    return explain(net, x, targets, [name], gradient_noise=gradient_noise, states=states)
 
 
 def planted_tiles(
