@@ -88,7 +88,7 @@ def slow_noise(seed: int, sample: int, shape: torch.Size) -> Tensor:
 @pytest.mark.parametrize("preset", ["paper", "pgc", "torchcam"])
 def test_every_method_equals_its_slow_twin(ndim: int, preset: str) -> None:
     net, x = conv_net(ndim).double(), tiles(ndim, batch=3).double()
-    x = x[(..., *(slice(n) for n in SMALL[ndim]))]
+    x = x[(slice(None), slice(None), *(slice(n) for n in SMALL[ndim]))]
     with torch.no_grad():  # one channel dead, one constant and not 0
         assert net.body.bias is not None
         net.body.weight[1:3] = 0

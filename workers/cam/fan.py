@@ -14,8 +14,8 @@ from torch import Tensor
 
 from workers.cam.capture import SplitNet
 
-ROWS = (0, 1, 1, 0, 1)
-"""Which of two tiles each row of the proof belongs to: unequal numbers, neither sorted nor interleaved."""
+ROWS = (1, 0, 0, 1, 0)
+"""Which of two tiles each row of the proof belongs to: unequal numbers, neither sorted nor interleaved, another one first."""
 
 
 def tail_of_many(net: SplitNet, activations: Tensor, x: Tensor, rows: Tensor) -> Tensor:
