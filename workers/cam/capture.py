@@ -22,6 +22,8 @@ from workers.cam.readout import Readout, Scores
 from workers.cam.tokens import AS_FOUND, Arrangement, TokenLayout
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FOLDED = "folded_norm"
+"""Attribute of a convolution that does a batch norm's work too (`workers.models.fast`): the norm's name."""
 
 
 class Split(NamedTuple):
@@ -340,7 +342,11 @@ def plain(x: Tensor) -> Tensor:
 def submodule(module: nn.Module, name: str) -> nn.Module:
     names = [n for n, _ in module.named_modules(remove_duplicate=False) if n]
     if name in names:
-        return module.get_submodule(name)
+        found = module.get_submodule(name)
+        if norm := getattr(found, FOLDED, ""):
+            msg = f"layer {name!r} has no output of its own here, as {norm!r} is folded into it: use --precision fp32, or layer {norm!r}"
+            raise ModelError(msg)
+        return found
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     near = near or [n for n, _ in module.named_children()]
     msg = f"{type(module).__name__} has no layer {name!r}; near names: {', '.join(near) or 'none, it has no submodules'}"
