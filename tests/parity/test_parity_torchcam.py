@@ -1,4 +1,4 @@
-"""CAM, Grad-CAM, Layer-CAM and XGrad-CAM against torch-cam, `normalized=False`.
+"""CAM, Grad-CAM, Layer-CAM, XGrad-CAM and Score-CAM against torch-cam, `normalized=False`.
 
 torch-cam applies the final ReLU (but for CAM), so ours is rectified here. It keeps activations that alias the network's, so
 DenseNet is explained after its in-place ReLU, and it needs parameters that require gradients. Its Grad-CAM++ divides
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchcam.methods import CAM, GradCAM, LayerCAM, XGradCAM
+from torchcam.methods import CAM, GradCAM, LayerCAM, ScoreCAM, XGradCAM
 
 from tests.parity.anchors import CASES, agree, case, ours
 from tests.test_workers.tiny_networks import conv_net
@@ -42,3 +42,14 @@ def test_cam(ndim: int) -> None:
     found = ours(net, "relu", x, classes, "cam")
     # ours is divided by the number of cells, so that it sums to the score
     agree(found * found[0].numel(), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scorecam(name: str) -> None:
+    net, layer, x, classes = case(name)
+    layer = AFTER_RELU.get(name, layer)
+    with ScoreCAM(net, layer, input_shape=tuple(x.shape[1:])) as extractor:
+        net(x)
+        (expected,) = extractor(classes, normalized=False)
+    # hundreds of passes in chunks of other sizes, and a softmax
+    agree(ours(net, layer, x, classes, "scorecam+mask=torchcam"), expected, 1e-4)
