@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import ModelError
-from tests.test_workers.tiny_networks import ConvNet, classes, conv_net, monai_networks, tiles
+from tests.test_workers.tiny_networks import EVERYWHERE, ConvNet, classes, conv_net, monai_networks, tiles
 from workers.cam.capture import HookedNet, PairNet, SplitNet
 from workers.cam.explain import explain
-from workers.cam.methods import METHODS
 
-PURE = [name for name in METHODS if name != "cam"]
+PURE = EVERYWHERE
 
 
 def state(net: nn.Module) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def half_trained() -> nn.Module:
 def test_the_model_is_left_as_found() -> None:
     net = half_trained()
     before = state(net)
-    explain(HookedNet(net, "relu"), tiles(2), classes(3), list(METHODS)[:2])
+    explain(HookedNet(net, "relu"), tiles(2), classes(3), PURE[:2])
     assert state(net) == before
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from schemas.errors import ModelError, SpecError
 from schemas.model import OutputSpec
-from tests.test_workers.tiny_networks import classes, conv_net, tiles
+from tests.test_workers.tiny_networks import EVERYWHERE, classes, conv_net, tiles
 from workers.cam.capture import HookedNet
 from workers.cam.eigen import eigencam
 from workers.cam.explain import MapFlag, explain
@@ -197,8 +197,9 @@ def test_cam_of_one_logit_is_signed() -> None:
 
 def test_methods_at_once_equal_each_alone() -> None:
     net, x = HookedNet(conv_net(2, head="gap"), "relu"), tiles(2)
-    together = explain(net, x, classes(3), list(METHODS))
-    for name in METHODS:
+    names = ("cam", *EVERYWHERE)
+    together = explain(net, x, classes(3), names)
+    for name in names:
         assert torch.equal(together.maps[name], explain(net, x, classes(3), [name]).maps[name]), name
 
 

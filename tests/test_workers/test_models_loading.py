@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from schemas.errors import ModelError
 from schemas.model import InputSpec, ModelCard
-from tests.test_workers.tiny_networks import classes, conv_net, lively
+from tests.test_workers.tiny_networks import EVERYWHERE, classes, conv_net, lively
 from workers.cam.capture import HookedNet
 from workers.cam.explain import explain
 from workers.cam.geometry import measure_cells
-from workers.cam.methods import METHODS
 from workers.models.card import LoadedCard
 from workers.models.checkpoint import load_weights
 from workers.models.cnn import load_model, prepare
@@ -29,7 +28,7 @@ ARGS: dict[str, Any] = {
     "spatial_dims": 2, "in_channels": 3, "out_channels": 3, "init_features": 8, "growth_rate": 4, "block_config": [2, 2],
 }  # fmt: skip
 TILE = (40, 56)
-PURE = [name for name in METHODS if name != "cam"]
+PURE = EVERYWHERE
 
 
 def sha(path: Path) -> str:

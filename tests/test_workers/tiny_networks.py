@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.model import OutputSpec
+from workers.cam.methods import METHODS
 from workers.cam.targets import ResolvedTarget, resolve
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,6 +62,14 @@ def lively(net: M) -> M:
 
 def tiles(ndim: int, batch: int = 4, channels: int = 2, seed: int = 1) -> Tensor:
     return torch.randn(batch, channels, *TILES[ndim], generator=torch.Generator().manual_seed(seed))
+
+
+EVERYWHERE = tuple(
+    name
+    for name, m in METHODS.items()
+    if {"activations", "gradients", "tail"}.issuperset(m.info.needs) and name != "normgrad_proper"
+)
+"""Methods that need of a network no more than its two halves; `normgrad_proper` explains convolutions alone."""
 
 
 def classes(n: int) -> tuple[ResolvedTarget, ...]:

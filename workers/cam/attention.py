@@ -20,6 +20,7 @@ from torch import Tensor
 from schemas.errors import ModelError
 from workers.cam.capture import HookedNet, frozen, plain, swap_first
 from workers.cam.method import Options, row
+from workers.cam.reach import mixed
 from workers.cam.softmax import Attention, attention_of, recorded
 from workers.cam.tokens import MOST_PREFIX
 from workers.cam.view import View, full
@@ -69,7 +70,7 @@ def read_rows(gradient: Tensor) -> Tensor:
     return read / read.sum(1, keepdim=True).clamp_min(1)
 
 
-def _attended(view: View, rows: Tensor, target: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+def attended(view: View, rows: Tensor, target: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
     """Attention of every block and the gradients of the target at them, `(n, heads, N, N)` each, for some rows of the batch.
 
     `target` None: of a fixed mixture of all scores, which says what is read, whatever the class.
@@ -78,14 +79,10 @@ def _attended(view: View, rows: Tensor, target: Tensor | None) -> tuple[list[Ten
     with torch.inference_mode(False), torch.enable_grad(), frozen(view.net.module):
         with recorded(len(x)) as maps:
             output = view.net.readout.take(view.net.module(plain(x)), len(x))
-        if target is not None:
-            y = view.y(output, rows.to(view.x.device))
-        else:
-            mixture = torch.randn(output[0].numel(), generator=torch.Generator().manual_seed(0))
-            y = full(output).flatten(1) @ mixture.to(full(output))
-        gradients = (
-            torch.autograd.grad(y.sum(), maps, allow_unused=True) if y.requires_grad else [None] * len(maps)
-        )
+        y = mixed(output) if target is None else view.y(output, rows.to(view.x.device))
+        gradients: Sequence[Tensor | None] = [None] * len(maps)
+        if y.requires_grad:
+            gradients = torch.autograd.grad(y.sum(), maps, allow_unused=True)
     if gradients[-1] is None:
         msg = "the scores do not depend on the last attention of the network; attention says nothing of them"
         raise ModelError(msg)
@@ -99,7 +96,7 @@ def rollout(view: View, _: Options) -> tuple[Tensor, None]:
     where = patches(view, attention)
     found = []
     for rows in attention.chunks(len(view.x)):
-        maps, gradients = _attended(view, rows, None)
+        maps, gradients = attended(view, rows, None)
         found.append(rolled_out(read_rows(gradients[-1]), [m.mean(1) for m in maps])[:, where])
     return torch.cat(found), None
 
@@ -113,7 +110,7 @@ def attention_relevance(view: View, _: Options) -> tuple[Tensor, None]:
     where = patches(view, attention)
     found = []
     for rows in attention.chunks(len(view.x)):
-        maps, gradients = _attended(view, rows, view.target)
+        maps, gradients = attended(view, rows, view.target)
         steps = [(m * g).relu().mean(1) for m, g in zip(maps, gradients, strict=True)]
         found.append(carried(read_rows(gradients[-1]), steps)[:, where])
     return torch.cat(found), None

@@ -10,6 +10,7 @@ itself is not touched and its weights play no part: the geometry belongs to the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from schemas.explanation import CellGeometry
-from workers.cam.capture import SplitNet
+from workers.cam.capture import HookedNet, SplitNet
 
 REGULAR_PX = 0.02
 """Cells further than this share of a stride from an even spacing are not called regular."""
@@ -40,7 +41,8 @@ def measure_cells(net: SplitNet, input_shape: Sequence[int]) -> CellGeometry:
     -------
     CellGeometry
         In input px, pixel `i` being centred at `i + 0.5`. `source` is `grid` (an even grid over the tile) where
-        position cannot be followed through the network: attention, transposed convolutions, custom kernels.
+        position cannot be followed through the network: attention, transposed convolutions, custom kernels. Tokens always
+        lie on that grid, which is where patches that do not overlap are cut from.
 
     Raises
     ------
@@ -49,16 +51,20 @@ def measure_cells(net: SplitNet, input_shape: Sequence[int]) -> CellGeometry:
     """
     channels, *tile = input_shape
     device = next((p.device for p in net.module.parameters()), torch.device("cpu"))
-    shape = tuple(net.trunk(torch.zeros(2, channels, *tile, device=device)).shape[2:])
-    if len(shape) == len(tile) >= 2:
+    x = torch.zeros(2, channels, *tile, device=device)
+    shape = tuple(net.trunk(x).shape[2:])
+    tokens = isinstance(net, HookedNet) and net.arrangement(x).layout != "channels_first"
+    if len(shape) == len(tile) >= 2 and not tokens:
         # On a small tile a deep layer has one cell and no stride: a larger input has the same stride and first centre.
-        for factor in (1, 2, 4):
-            measured = _measure(net, channels, [t * factor for t in tile], device)
-            if measured:
-                cell, first = measured
-                return CellGeometry(
-                    shape=shape, cell_px=cell, first_centre_px=first, source="receptive_field"
-                )
+        # An operation that hides positions does so at any size (and a volume 64 times as large is not tried for nothing).
+        with contextlib.suppress(_UnmeasurableError):
+            for factor in (1, 2, 4):
+                measured = _measure(net, channels, [t * factor for t in tile], device)
+                if measured:
+                    cell, first = measured
+                    return CellGeometry(
+                        shape=shape, cell_px=cell, first_centre_px=first, source="receptive_field"
+                    )
     return grid_cells(shape, tile)
 
 
@@ -83,6 +89,8 @@ def _measure(
     try:
         with _Shadow(len(size)):
             out = net.trunk(x)
+    except _UnmeasurableError:
+        raise
     except Exception:  # whatever breaks on such input is not measurable; `source` says so
         return None
     summed = out.double().sum(1)

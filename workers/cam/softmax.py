@@ -135,7 +135,7 @@ class Attention:
     def chunks(self, batch: int) -> Iterator[Tensor]:
         """Rows of a batch that are held together."""
         rows = max(1, ELEMENTS_AT_ONCE // sum(map(math.prod, self.sizes)))
-        yield from torch.arange(batch).split(rows)
+        yield from torch.split(torch.arange(batch), rows)
 
     def block_modules(self, module: nn.Module) -> list[nn.Module]:
         """The blocks; ModelError where some attention has none, or shares it with another."""

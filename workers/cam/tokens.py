@@ -34,7 +34,8 @@ class Arrangement(NamedTuple):
         """`(B, prefix + Z, D)`, `(B, *grid, D)` or `(B, D, *grid)` -> `(B, D, *grid)`, a view."""
         match self.layout:
             case "tokens":
-                return output[:, self.prefix :].mT.unflatten(-1, self.grid)
+                patches = output[:, self.prefix :].mT
+                return patches.reshape(*patches.shape[:2], *self.grid)
             case "channels_last":
                 return output.movedim(-1, 1)
             case _:
