@@ -5,12 +5,50 @@ from __future__ import annotations
 import difflib
 
 from schemas.errors import SpecError
-from workers.cam import ablation, eigen, eigen_slide, fem, gradient, kernel, layers, meta, normgrad, score
+from workers.cam import (
+    ablation,
+    attention,
+    cfcam,
+    doei,
+    eigen,
+    eigen_slide,
+    fem,
+    finer,
+    fullgrad,
+    gradient,
+    guided,
+    kernel,
+    layers,
+    meta,
+    normgrad,
+    path,
+    score,
+    smooth,
+)
 from workers.cam.method import Method
 
 METHODS: dict[str, Method] = {
     row.info.name: row
-    for family in (gradient, eigen, eigen_slide, normgrad, layers, meta, fem, kernel, score, ablation)
+    for family in (
+        gradient,
+        smooth,
+        path,
+        finer,
+        guided,
+        fullgrad,
+        eigen,
+        eigen_slide,
+        normgrad,
+        layers,
+        meta,
+        cfcam,
+        fem,
+        kernel,
+        score,
+        ablation,
+        attention,
+        doei,
+    )
     for row in family.METHODS
 }
 """Every method by name. `signed` False: never negative on non-negative activations (a ReLU layer)."""
