@@ -117,3 +117,28 @@ class SlowPooledChannels(PooledChannels):
 
 def slow_pooled_channels(cell: int, ndim: int = 2, seconds: float = 0.2) -> nn.Module:
     return SlowPooledChannels(cell, ndim, seconds)
+
+
+class Embedder(PooledChannels):
+    """The same as an embedding: the HiResCAM of `<r, e>` is the pooled channels weighted by `r`."""
+
+
+def embedder(cell: int, ndim: int = 2) -> nn.Module:
+    return Embedder(cell, ndim)
+
+
+class TwoWords(nn.Module):
+    """Two symbols of a vocabulary of three: one said of the left half of a tile, one of the right."""
+
+    def __init__(self, cell: int) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(cell)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.pool(x)
+        half = pooled.shape[-1] // 2
+        return torch.stack([side.sum((2, 3)) for side in (pooled[..., :half], pooled[..., half:])], dim=1)
+
+
+def two_words(cell: int) -> nn.Module:
+    return TwoWords(cell)

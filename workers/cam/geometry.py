@@ -57,7 +57,7 @@ def measure_cells(net: SplitNet, input_shape: Sequence[int]) -> CellGeometry:
     if len(shape) == len(tile) >= 2 and not tokens:
         # On a small tile a deep layer has one cell and no stride: a larger input has the same stride and first centre.
         # An operation that hides positions does so at any size (and a volume 64 times as large is not tried for nothing).
-        with contextlib.suppress(_UnmeasurableError):
+        with contextlib.suppress(_HiddenError):
             for factor in (1, 2, 4):
                 measured = _measure(net, channels, [t * factor for t in tile], device)
                 if measured:
@@ -89,7 +89,7 @@ def _measure(
     try:
         with _Shadow(len(size)):
             out = net.trunk(x)
-    except _UnmeasurableError:
+    except _HiddenError:
         raise
     except Exception:  # whatever breaks on such input is not measurable; `source` says so
         return None
@@ -110,7 +110,7 @@ def _measure(
     return tuple(cell), tuple(first)
 
 
-class _UnmeasurableError(Exception):
+class _HiddenError(Exception):
     """An operation through which a position cannot be followed."""
 
 
@@ -175,7 +175,7 @@ class _Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in ("addmm", "mm", "linear"):
             return _mix(args[1] if name == "addmm" else args[0], func(*args, **kwargs).shape)
         if any(word in name for word in _OPAQUE):
-            raise _UnmeasurableError(name)
+            raise _HiddenError(name)
         return func(*args, **kwargs)
 
     def _is_spatial(self, x: Tensor, dims: Any) -> bool:
@@ -188,7 +188,7 @@ class _Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Tensor:  # fmt: skip
         n = weight.ndim - 2
         if transposed:
-            raise _UnmeasurableError("transposed convolution")
+            raise _HiddenError("transposed convolution")
         kernel = weight.shape[2:]
         pads = [p for size in reversed(_each(padding, n)) for p in (size, size)]
         window = x.new_full((1, 1, *kernel), 1 / math.prod(kernel))
@@ -255,7 +255,7 @@ def _extend(x: Tensor, pads: Sequence[int]) -> Tensor:
             x = x.narrow(axis, -before, n + before + after)
             continue
         if n < 2:
-            raise _UnmeasurableError("an axis of one element has no slope")
+            raise ValueError("an axis of one element has no slope")
         place = torch.arange(-before, n + after, device=x.device)
         # beyond the ends: the end value plus so many steps of the last difference
         inside = place.clamp(0, n - 1)
