@@ -15,6 +15,9 @@ from schemas.errors import ModelError
 from workers.cam.method import Doubt, Options, pure, row
 from workers.cam.view import View
 
+CANCELLED = 1e-4
+"""Share of its terms below which a sum is taken for rounding, or for the small constant inside a norm."""
+
 
 def gradcam(a: Tensor, g: Tensor) -> Tensor:
     """Grad-CAM: channels weighted by their mean gradient (Selvaraju et al., ICCV 2017).
@@ -30,6 +33,17 @@ def hirescam(a: Tensor, g: Tensor) -> Tensor:
     Where the tail is linear in `A` the cells sum to the score minus its bias.
     """
     return (g * a).sum(1)
+
+
+def cancels(a: Tensor, g: Tensor) -> Tensor:
+    """`(B,)` True where gradient times activation, summed over channels, is but rounding in every cell.
+
+    So it is wherever a layer is read through a layer norm alone, as the output of a transformer's block is: the norm does not
+    care how long a token is, hence the gradient is at right angles to it.
+    """
+    terms = g * a
+    size = terms.abs().sum(1).amax(1)
+    return (size > 0) & (terms.sum(1).abs().amax(1) <= CANCELLED * size)
 
 
 def layercam(a: Tensor, g: Tensor) -> Tensor:
@@ -161,7 +175,7 @@ METHODS = (
         weigh=_gradient_itself,
     ),
     row(
-        "hirescam", "HiResCAM", pure(hirescam), "logit",
+        "hirescam", "HiResCAM", pure(lambda a, g: (hirescam(a, g), cancels(a, g))), "logit",
         "Draelos & Carin, Use HiResCAM instead of Grad-CAM, arXiv:2011.08891", edition="before the final ReLU",
         weigh=_gradient_itself,
     ),

@@ -6,6 +6,7 @@ every map of such a layer is blank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from schemas.errors import ModelError
 from workers.cam.capture import HookedNet, Split, frozen, plain
+from workers.cam.gradient import cancels
 from workers.cam.tokens import Arrangement, looks_channels_last
 from workers.cam.view import full
 
@@ -63,7 +65,10 @@ def check_tokens(net: HookedNet, x: Tensor, split: Split) -> None:
 
 
 def working_layers(net: HookedNet, x: Tensor, lies: Arrangement) -> list[str]:
-    """Layers that give tokens like the explained one, and whose patches have a gradient; the last to run comes first."""
+    """Layers that give tokens like the explained one, and whose patches have a gradient.
+
+    The last to run comes first, but those where gradient times activation cancels come after all others.
+    """
     outputs: list[tuple[str, Tensor]] = []
 
     def keep(name: str) -> Any:
@@ -83,13 +88,15 @@ def working_layers(net: HookedNet, x: Tensor, lies: Arrangement) -> list[str]:
         scores = net.readout.take(net.module(plain(x).requires_grad_()), len(x))
     shape = next((o.shape for name, o in outputs if name == net.layer.partition("#")[0]), None)
     alike = [(name, o) for name, o in outputs if o.shape == shape]
-    gradients = torch.autograd.grad(mixed(scores).sum(), [o for _, o in alike], allow_unused=True)
-    found = [name for (name, _), g in zip(alike, gradients, strict=True) if _any_patch(g, lies)]
-    return list(dict.fromkeys(reversed(found)))
-
-
-def _any_patch(gradient: Tensor | None, lies: Arrangement) -> bool:
-    return gradient is not None and bool((lies.encode(gradient) != 0).any())
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(
+        mixed(scores).sum(), [o for _, o in alike], allow_unused=True
+    )
+    found: dict[bool, list[str]] = {False: [], True: []}
+    for (name, output), gradient in reversed(list(zip(alike, gradients, strict=True))):
+        if gradient is not None and bool((g := full(lies.encode(gradient)).flatten(2)).any()):
+            a = full(lies.encode(output.detach())).flatten(2)
+            found[bool(cancels(a, g).all())].append(name)
+    return list(dict.fromkeys(found[False] + found[True]))
 
 
 def mixed(scores: Tensor) -> Tensor:
