@@ -316,4 +316,6 @@ class ModelFacts(Frozen):
     """Of each method asked for."""
     reductions: dict[str, Reduction] = Field(default_factory=dict)
     """Of each method asked for that sums over the image first."""
+    precision: Precision = "fp32"
+    """What is computed, `fast` resolved."""
     weights_bytes: int

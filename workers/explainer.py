@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from schemas.errors import ModelError, SourceError, StoreError
+from schemas.explanation import Precision
 from schemas.frozen import Frozen, digest
 from schemas.geometry import Box
 from schemas.run import Report, TilesInfo, UnitTask
@@ -29,6 +30,7 @@ from workers.models.adapter import ModelAdapter
 from workers.models.card import load_card
 from workers.models.cnn import load_model
 from workers.models.facts import identified
+from workers.models.fast import make_fast
 from workers.pool import Task
 from workers.readers import open_image
 from workers.readers.reader import Reader
@@ -58,7 +60,9 @@ class ExplainInit(Frozen):
 
 
 @lru_cache(maxsize=2)
-def _model(card_path: str, card_digest: str, layer: str, device: str, tile: tuple[int, ...]) -> ModelAdapter:
+def _model(
+    card_path: str, card_digest: str, layer: str, device: str, tile: tuple[int, ...], precision: Precision
+) -> ModelAdapter:
     """Load once a process, whichever image comes next; the digest is part of the key."""
     loaded = load_card(card_path)
     model = load_model(loaded, device=device, layer=layer, tile=tile)
@@ -69,6 +73,7 @@ def _model(card_path: str, card_digest: str, layer: str, device: str, tile: tupl
             f"(digest {found[:12]}, expected {card_digest[:12]}); restore it, or explain again with --fresh"
         )
         raise ModelError(msg)
+    make_fast(model, precision, tile)
     return model
 
 
@@ -213,7 +218,9 @@ class TileComputer:
         self._states = states or {}
         spec = info.spec
         self.device = pick_device(init.device)
-        self.model = _model(init.model, digest(spec.card), spec.cam.layer, self.device, spec.grid.tile_px)
+        self.model = _model(
+            init.model, digest(spec.card), spec.cam.layer, self.device, spec.grid.tile_px, spec.cam.precision
+        )
         self.targets = resolve(spec.cam.targets, self.model.card.output, self.model.n_outputs)
         if self.device == "cpu":
             torch.set_num_threads(init.threads)

@@ -86,7 +86,9 @@ def open_model(request: ExplainRequest) -> Model:
     _check_places(request, ndim)
     layer = request.layer or loaded.card.cam.layer
     tile = request.tile * ndim if request.tile and len(request.tile) == 1 else request.tile
-    facts = model_facts(loaded, layer, request.targets, methods, tile, request.cell_centres)
+    facts = model_facts(
+        loaded, layer, request.targets, methods, tile, request.cell_centres, request.precision, pick_device("auto")
+    )
     return Model(str(Path(request.model).resolve()), loaded.card, facts)
 
 
@@ -189,7 +191,7 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         targets=facts.targets,
         layer=facts.layer,
         cell_centres=request.cell_centres,
-        precision=request.precision,
+        precision=facts.precision,
     )
     spec = TilesSpec(
         identity=meta.identity,
@@ -277,7 +279,7 @@ def summarise(job: Job, request: ExplainRequest, model: Model, pool: PoolSetting
         "batch": str(tiles.spec.batch),
         "unit": str(tiles.spec.unit),
         "cell_centres": request.cell_centres,
-        "precision": request.precision,
+        "precision": tiles.spec.cam.precision,
         "heatmap.downsample": str(heat.spec.downsample),
         "heatmap.importance": heat.spec.importance,
     }

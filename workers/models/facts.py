@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 
+from schemas.errors import ModelError
+from schemas.explanation import AskedPrecision, Precision
 from schemas.model import ModelCard, ModelFacts, OutputSpec
 from workers.cam.geometry import grid_cells
 from workers.cam.methods import method
@@ -16,6 +19,7 @@ from workers.cam.targets import resolve, score_names
 from workers.models.adapter import ModelAdapter
 from workers.models.card import LoadedCard, resolved
 from workers.models.cnn import load_model
+from workers.models.fast import make_fast, tiers
 
 
 def identified(card: ModelCard, model: ModelAdapter) -> dict[str, Any]:
@@ -38,6 +42,8 @@ def model_facts(
     methods: Sequence[str] = (),
     tile: tuple[int, ...] | None = None,
     cell_centres: Literal["receptive_field", "grid"] = "receptive_field",
+    precision: AskedPrecision = "fp32",
+    device: str = "cpu",
 ) -> ModelFacts:
     """Load the network of a card on the CPU, check it, and say what it is.
 
@@ -53,6 +59,10 @@ def model_facts(
         Tile size in model px; None takes the card's.
     cell_centres
         Cells placed where they were measured, or on an even grid over the tile.
+    precision
+        As asked; `fast` becomes the best tier in which this network runs on `device`.
+    device
+        Where it will be computed; everything else is found on the CPU.
 
     Raises
     ------
@@ -73,11 +83,26 @@ def model_facts(
         target_index=tuple(t.index for t in found),
         layer=layer,
         tile=size,
+        precision=_settled(loaded, layer, size, precision, device),
         cells=cells,
         grids={name: method(name).cells(model.net, shape, cells) for name in methods},
         reductions=reductions(model.net, model.prepare(torch.zeros(1, *shape)), methods),
         weights_bytes=sum((loaded.folder / f).stat().st_size for f in files if f),
     )
+
+
+def _settled(
+    loaded: LoadedCard, layer: str, tile: tuple[int, ...], asked: AskedPrecision, device: str
+) -> Precision:
+    """The tier that is run: tried here, so that a network which does not run in it fails before any tile."""
+    *better, last = tiers(asked, device)
+    for precision in better:
+        with suppress(ModelError):
+            make_fast(load_model(loaded, device, layer, tile), precision, tile)
+            return precision
+    if last != "fp32":
+        make_fast(load_model(loaded, device, layer, tile), last, tile)
+    return last
 
 
 def retarget(facts: ModelFacts, output: OutputSpec, targets: Sequence[str]) -> ModelFacts:

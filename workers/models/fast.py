@@ -7,7 +7,7 @@ sums them (`workers.cam.view.full`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,20 +21,20 @@ from schemas.errors import ModelError
 from schemas.explanation import AskedPrecision, Precision
 from workers.cam.capture import CONVOLUTIONS, FOLDED, HookedNet, SplitNet, frozen
 from workers.cam.view import full
+from workers.models.adapter import ModelAdapter
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 SAME = 1e-4
 """Relative L2 within which a folded network is the same network in float32."""
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Relative L2 of activations and scores, fast against fp32 on a synthetic batch, above which the tier is refused."""
 
 
-def tier(asked: AskedPrecision, device: str) -> Precision:
-    """What `fast` means on a device: bfloat16 only where the processor multiplies in it, as emulating it is slow."""
+def tiers(asked: AskedPrecision, device: str) -> tuple[Precision, ...]:
+    """What `fast` may mean on a device, best first: bfloat16 only where the processor multiplies in it, since it is slow else."""
     if asked != "fast":
-        return asked
-    return "fast-bf16" if _multiplies_bf16(torch.device(device)) else "fast-fp32"
+        return (asked,)
+    return ("fast-bf16", "fast-fp32") if _multiplies_bf16(torch.device(device)) else ("fast-fp32",)
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
@@ -42,6 +42,13 @@ def _multiplies_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def make_fast(model: ModelAdapter, precision: Precision, tile: Sequence[int]) -> None:
+    """`accelerate` the network of a loaded model, checked on two tiles of noise; fp32 is left as it is."""
+    if precision != "fp32":
+        noise = torch.randn(2, model.card.input.channels, *tile, generator=torch.Generator().manual_seed(0))
+        accelerate(model.net, precision, noise.to(model.device))
 
 
 def accelerate(net: SplitNet, precision: Precision, x: Tensor) -> HookedNet:
@@ -73,7 +80,7 @@ def accelerate(net: SplitNet, precision: Precision, x: Tensor) -> HookedNet:
     dtype = torch.bfloat16 if precision == "fast-bf16" else torch.float32
     before = _outputs(net, x)
     fold(net, x)
-    net.module.to(memory_format=LAYOUTS.get(x.ndim, torch.preserve_format))
+    net.module.to(memory_format=_layout(x))
     if dtype != torch.float32:
         for module in net.module.modules():
             # Running variances of 8 bits would cost more than they save.
@@ -82,7 +89,12 @@ def accelerate(net: SplitNet, precision: Precision, x: Tensor) -> HookedNet:
                     if tensor.is_floating_point():
                         tensor.data = tensor.data.to(dtype)
     net.module.register_forward_pre_hook(partial(_enter, dtype))
-    after = _outputs(net, x)
+    try:
+        after = _outputs(net, x)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        msg = f"--precision {precision}: the network does not run in it on {x.device.type} ({reason}): use --precision fp32"
+        raise ModelError(msg) from error
     for what, a, b in zip(("activations", "scores"), after, before, strict=True):
         error = _distance(a, b)
         if not error <= CLOSE[dtype]:
@@ -96,8 +108,14 @@ def accelerate(net: SplitNet, precision: Precision, x: Tensor) -> HookedNet:
 
 def _enter(dtype: torch.dtype, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *rest = inputs
-    layout = LAYOUTS.get(x.ndim, torch.preserve_format)
-    return x.to(dtype, memory_format=layout), *rest
+    return x.to(dtype, memory_format=_layout(x)), *rest
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """Channels last where it pays: on CPUs it gained nothing for volumes."""
+    if x.ndim == 5 and x.device.type != "cpu":
+        return torch.channels_last_3d
+    return torch.channels_last if x.ndim == 4 else torch.preserve_format
 
 
 class Pair(NamedTuple):
@@ -233,21 +251,3 @@ def _outputs(net: HookedNet, x: Tensor) -> tuple[Tensor, Tensor]:
 def _distance(a: Tensor, b: Tensor) -> float:
     """Relative L2."""
     return float((a - b).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny))
-
-
-def compile_blocks(net: HookedNet) -> None:
-    """Compile the largest modules that do not hold the explained layer inside, in place.
-
-    Only their `forward`, so that hooks on them still fire, the explained layer's among them. Seconds to minutes at the first
-    batch of each shape.
-    """
-
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
-            inside = net.target in child.modules() and child is not net.target
-            if inside or isinstance(child, nn.ModuleList | nn.ModuleDict):
-                visit(child)
-            else:
-                child.forward = torch.compile(child.forward)  # type: ignore[method-assign]
-
-    visit(net.module)
