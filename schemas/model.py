@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.explanation import CellGeometry, Reduction, Unit
+from schemas.explanation import CellGeometry, Precision, Reduction, Unit
 from schemas.frozen import Frozen
 from schemas.image import Kind
 
