@@ -99,7 +99,8 @@ def plan(image: Images, model: ModelCardPath, out: Out = "out", method: Methods 
          edge: Edge = "shift", tissue: Tissue = "auto", region: Region = "", mask: Mask = "",
          batch: Batch = 32, unit: Unit = None, importance: Importance = "hann",
          downsample: Downsample = None, cell_centres: CellCentres = "receptive_field",
-         allow_upsampling: Upsampling = False, workers: WorkerCount = None, image_id: ImageIdStyle = "stem",
+         precision: PrecisionTier = "fp32", allow_upsampling: Upsampling = False,
+         workers: WorkerCount = None, image_id: ImageIdStyle = "stem",
          measure: Annotated[bool, typer.Option("--measure", help="Run one batch to estimate the time; writes no output.")] = False,
          as_json: AsJson = False) -> None:  # fmt: skip
     """Print tiles, units, bytes, memory and estimated time; compute nothing."""
@@ -140,7 +141,8 @@ def explain(image: Images, model: ModelCardPath, out: Out, method: Methods = "gr
             edge: Edge = "shift", tissue: Tissue = "auto", region: Region = "", mask: Mask = "",
             batch: Batch = 32, unit: Unit = None, importance: Importance = "hann",
             downsample: Downsample = None, cell_centres: CellCentres = "receptive_field",
-            allow_upsampling: Upsampling = False, pool: PoolKind = "auto", ray_address: Address = "",
+            precision: PrecisionTier = "fp32", allow_upsampling: Upsampling = False,
+            pool: PoolKind = "auto", ray_address: Address = "",
             workers: WorkerCount = None, threads: Threads = None,
             fresh: Annotated[bool, typer.Option("--fresh", help="Where OUT holds a result of another request, move it aside first.")] = False,
             retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute tiles that failed before once more.")] = False,

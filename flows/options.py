@@ -101,6 +101,14 @@ CellCentres = Annotated[
         help="Where CAM cells lie: receptive_field (measured through the network) or grid (regular over the tile).",
     ),
 ]
+PrecisionTier = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="fp32, or fast: batch norms folded, channels last, bfloat16 where this machine's processor multiplies in it "
+        "(fast-fp32, fast-bf16: that one anywhere); other numbers than fp32, so a run of its own.",
+    ),
+]
 Upsampling = Annotated[
     bool,
     typer.Option(
@@ -167,7 +175,7 @@ def explain_request(flags: dict[str, Any]) -> ExplainRequest:
 
 _DEFAULTS: dict[str, Any] = {
     "importance": "hann", "downsample": None, "layer": "", "overlap": 0.0, "edge": "shift", "tissue": "auto",
-    "region": "", "mask": "", "batch": 32, "unit": None, "cell_centres": "receptive_field",
+    "region": "", "mask": "", "batch": 32, "unit": None, "cell_centres": "receptive_field", "precision": "fp32",
     "allow_upsampling": False, "fresh": False, "retry_failed": False, "strict": False, "image_id": "stem",
 }  # fmt: skip
 """Flag defaults: a value equal to its default is not passed on, so that `plan` can tell what was given."""

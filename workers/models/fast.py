@@ -80,7 +80,7 @@ def accelerate(net: SplitNet, precision: Precision, x: Tensor) -> HookedNet:
     dtype = torch.bfloat16 if precision == "fast-bf16" else torch.float32
     before = _outputs(net, x)
     fold(net, x)
-    net.module.to(memory_format=_layout(x))
+    net.module.to(memory_format=_layout(x))  # type: ignore[call-overload]
     if dtype != torch.float32:
         for module in net.module.modules():
             # Running variances of 8 bits would cost more than they save.
@@ -96,10 +96,10 @@ def accelerate(net: SplitNet, precision: Precision, x: Tensor) -> HookedNet:
         msg = f"--precision {precision}: the network does not run in it on {x.device.type} ({reason}): use --precision fp32"
         raise ModelError(msg) from error
     for what, a, b in zip(("activations", "scores"), after, before, strict=True):
-        error = _distance(a, b)
-        if not error <= CLOSE[dtype]:
+        differ = _distance(a, b)
+        if not differ <= CLOSE[dtype]:
             msg = (
-                f"--precision {precision}: {what} differ from those of fp32 by {error:.1%} (relative L2 on a synthetic batch), "
+                f"--precision {precision}: {what} differ from those of fp32 by {differ:.1%} (relative L2 on a synthetic batch), "
                 f"at most {CLOSE[dtype]:.1%} is accepted: use --precision fp32"
             )
             raise ModelError(msg)
@@ -159,11 +159,9 @@ def _fold(net: HookedNet, pair: Pair) -> Callable[[], None]:
     conv: Any = pair.conv
     norm: Any = pair.norm
     weight, bias = conv.weight, conv.bias
-    wide = [t if t is None else t.double() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
-    mean, variance, scale, shift = wide
-    folded = fuse_conv_bn_weights(
-        weight.double(), None if bias is None else bias.double(), mean, variance, norm.eps, scale, shift
-    )
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    rest = [None if t is None else t.double() for t in (bias, norm.weight, norm.bias)]
+    folded = fuse_conv_bn_weights(weight.double(), rest[0], mean, variance, norm.eps, rest[1], rest[2])
     conv.weight, conv.bias = (nn.Parameter(p.to(weight.dtype), requires_grad=False) for p in folded)
     setattr(conv, FOLDED, pair.norm_name)
     parent, _, name = pair.norm_name.rpartition(".")
@@ -196,7 +194,7 @@ def pairs(net: HookedNet, x: Tensor) -> tuple[Pair, ...]:
     def normed(norm: nn.Module, inputs: tuple[Tensor, ...], _output: Any) -> None:
         read.setdefault(norm, []).append(Read(inputs[0], reads[id(inputs[0])]))
 
-    class Count(TorchDispatchMode):
+    class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Counts the operations that read a convolution's output, in whatever code they are."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -215,7 +213,7 @@ def pairs(net: HookedNet, x: Tensor) -> tuple[Pair, ...]:
     handles += [m.register_forward_hook(normed) for m in norms]
     handles += [net.target.register_forward_hook(lambda _m, _i, output: seen.extend(_tensors(output)))]
     try:
-        with frozen(net.module), torch.no_grad(), Count():
+        with frozen(net.module), torch.no_grad(), Count():  # type: ignore[no-untyped-call]
             seen.extend(_tensors(net.module(x)))
     finally:
         for handle in handles:
@@ -226,7 +224,7 @@ def pairs(net: HookedNet, x: Tensor) -> tuple[Pair, ...]:
     for norm, (first, *more) in read.items():
         conv = sources.get(id(first.tensor))
         # Read once by the time the norm was done, and never again: then the norm it was.
-        if conv and not more and id(first.tensor) not in outside and first.count == reads[id(first.tensor)] == 1:
+        if conv and not more and id(first.tensor) not in outside and first.reads == reads[id(first.tensor)] == 1:
             found.append(Pair(names[conv], names[norm], conv, norm))
     return tuple(found)
 
@@ -235,7 +233,7 @@ class Read(NamedTuple):
     """What a norm was given, and how many operations had read that by the time it was done."""
 
     tensor: Tensor
-    count: int
+    reads: int
 
 
 def _tensors(tree: Any) -> list[Tensor]:
