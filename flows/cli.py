@@ -33,6 +33,7 @@ from flows.options import (
     Out,
     Overlap,
     PoolKind,
+    PrecisionTier,
     Region,
     Spacing,
     Targets,

@@ -39,7 +39,7 @@ def tiers(asked: AskedPrecision, device: str) -> tuple[Precision, ...]:
 
 def _multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -224,7 +224,12 @@ def pairs(net: HookedNet, x: Tensor) -> tuple[Pair, ...]:
     for norm, (first, *more) in read.items():
         conv = sources.get(id(first.tensor))
         # Read once by the time the norm was done, and never again: then the norm it was.
-        if conv and not more and id(first.tensor) not in outside and first.reads == reads[id(first.tensor)] == 1:
+        if (
+            conv
+            and not more
+            and id(first.tensor) not in outside
+            and first.reads == reads[id(first.tensor)] == 1
+        ):
             found.append(Pair(names[conv], names[norm], conv, norm))
     return tuple(found)
 
