@@ -79,6 +79,7 @@ def shapleycam(view: View, _: Options) -> tuple[Tensor, Doubt]:
     ModelError
         An operation of the tail has no second derivative.
     """
+    first = view.g.mean(-1)
     leaf = view.activations.clone().requires_grad_()
     # the fused attention kernels cannot be differentiated twice
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -93,8 +94,8 @@ def shapleycam(view: View, _: Options) -> tuple[Tensor, Doubt]:
                     raise
                 msg = f"method 'shapleycam' needs second derivatives, which the network's tail does not have: {error}"
                 raise ModelError(msg) from error
-    weight = full(g.detach()) if curved is None else full(g.detach()) - full(curved) / 2
-    return torch.einsum("bk,bkz->bz", weight.flatten(2).mean(-1), view.a), None
+    weight = first if curved is None else first - full(curved).flatten(2).mean(-1) / 2
+    return torch.einsum("bk,bkz->bz", weight, view.a), None
 
 
 def _gradient_itself(_: Tensor, g: Tensor) -> tuple[Tensor, Doubt]:
