@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from workers.explainer import Explainer, ExplainInit
 from workers.planner import Job, Model, plan_image
 from workers.pool import Pool, Stage
 from workers.provenance import keep_rate, versions
-from workers.publisher import drop_derived, predictions, publish_heatmap, write_image_report
+from workers.publisher import drop_derived, finished_report, predictions, publish_heatmap, write_image_report
 from workers.readers import open_image
 from workers.reducer import Collector, SolveInit, Solver
 from workers.stitcher import Stitcher, StitchInit
@@ -96,6 +95,11 @@ def _compute(
         tiles.reset_failed()
     if heatmap.pending_blocks():
         drop_derived(job.folder)
+    elif earlier := finished_report(job.folder, job.heatmap.run_id):
+        # Nothing is left to do: what an earlier run found still holds, its device and flags included.
+        provenance = {**earlier.provenance, "tiles_this_run": 0}
+        found = {"image": job.request.uri, "output": str(job.folder), "provenance": provenance}
+        return earlier.model_copy(update=found)
     stages = _Stages(job, model, settings, tiles, heatmap)
     run = _Run(job, name, pool, stages, tiles, heatmap, tell)
     seconds = {}
@@ -153,7 +157,7 @@ def _compute(
         display=heatmap.info.display,
         seconds=seconds,
         notes=tuple(dict.fromkeys([*notes, *run.notes])),
-        flags=dict(run.flags),
+        flags=tiles.flag_counts(),
         states=tuple(states),
         provenance={
             "tiles_id": job.tiles.tiles_id,
@@ -166,7 +170,7 @@ def _compute(
             "tissue": {"method": job.tissue_method, "fraction": job.tissue_fraction},
             "versions": versions(),
             "pool": pool.description,
-            "device": ", ".join(sorted(run.devices)),
+            "device": ", ".join(tiles.devices()),
             "tiles_this_run": run.tiles_computed,
             "intended_use": model.card.intended_use,
         },
@@ -239,7 +243,6 @@ class _Run:
         self.lost: list[str] = []
         self.blocks_lost = False
         self.notes: list[str] = []
-        self.flags: Counter[str] = Counter()
         self.devices: set[str] = set()
         self.seconds: dict[str, float] = {}
         self.tiles_computed = 0
@@ -306,7 +309,6 @@ class _Run:
 
     def _note(self, stage: str, report: Report) -> None:
         self.notes.extend(report.notes)
-        self.flags.update(report.flags)
         self.devices |= {report.device} - {""}
         self.seconds[stage] = self.seconds.get(stage, 0.0) + report.seconds
         for part, value in report.seconds_by.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntFlag
 from typing import Literal
 
 from pydantic import Field
@@ -15,6 +16,26 @@ Precision = Literal["fp32", "fast-fp32", "fast-bf16"]
 """The tiers there are; a tier changes the numbers, so it is part of what is hashed."""
 AskedPrecision = Literal["fp32", "fast", "fast-fp32", "fast-bf16"]
 """`fast` is the fast tier of the processor at hand."""
+
+
+class MapFlag(IntFlag):
+    """What a tile's raw map must not be read as."""
+
+    EMPTY = 1
+    """No cell above 0: no positive evidence."""
+    CONSTANT = 2
+    """The same value in all of several cells."""
+    NOT_FINITE = 4
+    """Activations, scores or gradients are NaN or infinite; the whole map is NaN."""
+    SINGLE_CELL = 8
+    """The layer has one cell: the map says nothing of where."""
+    DOUBTFUL = 16
+    """Defined, but close to arbitrary; the method's docstring says when."""
+
+    @property
+    def label(self) -> str:
+        """The flag in words."""
+        return str(self.name).lower().replace("_", " ")
 
 
 class MethodInfo(Frozen):

@@ -176,8 +176,6 @@ class Report(Frozen):
     device: str = ""
     """Kind of device a unit was computed on."""
     notes: tuple[str, ...] = ()
-    flags: dict[str, int] = Field(default_factory=dict)
-    """How many maps carry a flag, such as `eigencam doubtful`."""
 
 
 class PoolSettings(Frozen):
@@ -235,7 +233,7 @@ class ImageReport(Frozen):
     seconds: dict[str, float] = Field(default_factory=dict)
     """Wall seconds a stage, and summed worker seconds a part."""
     flags: dict[str, int] = Field(default_factory=dict)
-    """How many tile maps computed in this run carry a flag, such as `gradcam empty`."""
+    """How many tile maps carry a flag, such as `gradcam empty`."""
     states: tuple[SolvedState, ...] = ()
     """Of the methods that were solved once for the whole image."""
     notes: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ NUMERICS = ("workers.tiling", "workers.cam", "workers.stitching", "workers.metri
 IO = ("workers.readers", "workers.models", "workers.store")
 LEAVES = ("workers.synthetic", "workers.training")
 EXECUTION = (
+    "workers.decoding",
     "workers.explainer",
     "workers.reducer",
     "workers.stitcher",
@@ -48,6 +49,7 @@ RINGS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 MAY_IMPORT = {part: frozenset(below) for parts, below in RINGS for part in parts}
 
 SIDEWAYS = {
+    ("workers.explainer", "workers.decoding"): "is fed by the threads that read ahead",
     ("workers.explainer", "workers.pool"): "names the task type it is handed",
     ("workers.reducer", "workers.pool"): "names the task type it is handed",
     ("workers.reducer", "workers.explainer"): "sums the tiles it reads, from the same store",

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,29 +14,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from schemas.errors import ModelError, SourceError, StoreError
+from schemas.errors import ModelError, StoreError
 from schemas.explanation import Precision
 from schemas.frozen import Frozen, digest
-from schemas.geometry import Box
 from schemas.run import Report, TilesInfo, UnitTask
-from workers.cam.explain import Explained, MapFlag, explain
+from workers.cam.explain import Explained, explain
 from workers.cam.method import Solved
 from workers.cam.targets import resolve
+from workers.decoding import TileReader
 from workers.models.adapter import ModelAdapter
 from workers.models.card import load_card
 from workers.models.cnn import load_model
 from workers.models.facts import identified
 from workers.models.fast import make_fast
 from workers.pool import Task
-from workers.readers import open_image
-from workers.readers.reader import Reader
 from workers.store.reductions import Reductions, reduction_targets
 from workers.store.tiles import TilesStore
 
-BATCHES_AHEAD = 2
-"""Mini-batches decoded while the device computes."""
-UNITS_AHEAD = 2
-"""Units of which the first mini-batch may wait, decoded: as many as a pool keeps submitted to a worker."""
 DECODERS_MOST = 4
 """Decode threads beside a network that computes on the same cores."""
 
@@ -143,28 +133,28 @@ class Explainer:
         rows = self._store.unit_rows(task.unit)
         found = self._tiles.compute(self._store.boxes(rows), rows)
         clock = time.perf_counter()
+        got = found.arrays
         written = self._store.write_unit(
-            task.unit, found.scores, found.target_index, found.maps, found.errors
+            task.unit, got.scores, got.target_index, got.maps, found.errors, got.flags, self._tiles.device
         )
         seconds_by = {**found.seconds_by, "write": time.perf_counter() - clock}
         return Report(
             stage="explain",
             key=task.key,
             task=task,
-            done=len(found.scores) - len(found.errors),
+            done=len(rows) - len(found.errors),
             failed=len(found.errors),
             seconds=time.perf_counter() - began,
             seconds_by=seconds_by,
             bytes_written=written,
             notes=found.notes,
-            flags=found.flags,
             device=self._tiles.device,
         )
 
     def expect(self, task: Task) -> None:
         """Begin to decode the first mini-batch of a unit."""
         if isinstance(task, UnitTask) and task.unit != self._unit:
-            self._tiles.expect(self._store.boxes(self._store.unit_rows(task.unit)))
+            self._tiles.reader.expect(self._store.boxes(self._store.unit_rows(task.unit)))
 
     def close(self) -> None:
         """Stop the decode threads and close their handles."""
@@ -185,8 +175,8 @@ def tiles_per_second(info: TilesInfo, init: ExplainInit, boxes: NDArray[np.int64
 
 
 @dataclass(frozen=True)
-class Computed:
-    """What a run of tiles gave; rows in `errors` are NaN."""
+class Arrays:
+    """Results of n tiles on the host."""
 
     scores: NDArray[np.float32]
     """`(n, C)`."""
@@ -194,10 +184,28 @@ class Computed:
     """`(n, T)`."""
     maps: dict[str, NDArray[np.float32]]
     """By method: `(n, T, *grid)`."""
+    flags: dict[str, NDArray[np.uint8]]
+    """By method: `(n, T)`, bits of `MapFlag`."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Arrays]) -> Arrays:
+        """One after the other."""
+        return cls(
+            np.concatenate([p.scores for p in parts]),
+            np.concatenate([p.target_index for p in parts]),
+            {name: np.concatenate([p.maps[name] for p in parts]) for name in parts[0].maps},
+            {name: np.concatenate([p.flags[name] for p in parts]) for name in parts[0].flags},
+        )
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a run of tiles gave; rows in `errors` are NaN."""
+
+    arrays: Arrays
     errors: dict[int, str]
     seconds_by: dict[str, float]
     notes: tuple[str, ...]
-    flags: dict[str, int]
 
 
 class TileComputer:
@@ -228,94 +236,47 @@ class TileComputer:
         else:
             # The host's threads are free while the device computes.
             decoders = int(os.environ.get("OMP_NUM_THREADS", DECODERS_MOST))
-        self._readers = _Readers(info)
-        self._early: OrderedDict[bytes, list[Future[NDArray[Any]]]] = OrderedDict()
-        self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-        self._decoders.submit(self._readers.check).result()
+        self.reader = TileReader(info, decoders)
 
     def compute(self, boxes: NDArray[np.int64], rows: NDArray[np.int64]) -> Computed:
         """Explain the tiles at `boxes` `(n, 2, axes)`, n at least 1; `rows` `(n,)` number them in the plan."""
         errors: dict[int, str] = {}
         notes: list[str] = []
-        flags: Counter[str] = Counter()
         parts = {"decode": 0.0, "compute": 0.0}
         batches = []
         seeds = torch.from_numpy(rows)  # noise belongs to the tile, whichever worker computes it
-        for first, pixels, bad in self.batches(boxes, parts):
+        for first, pixels, bad in self.reader.batches(boxes, parts):
             errors.update({first + i: reason for i, reason in bad.items()})
             clock = time.perf_counter()
-            batches.append(self._explain(pixels, seeds[first : first + len(pixels)], notes, flags))
+            batches.append(self._explain(pixels, seeds[first : first + len(pixels)], notes))
             parts["compute"] += time.perf_counter() - clock
-        scores = np.concatenate([b[0] for b in batches])
-        index = np.concatenate([b[1] for b in batches])
-        maps = {name: np.concatenate([b[2][name] for b in batches]) for name in self.info.spec.cam.methods}
+        found = Arrays.joined(batches)
         reason = "the network gave values that are not finite"
         for name, states in self._states.items():
             if any(s.cells == 0 for s in states):
                 reason = f"no tile of the image entered the sum that {name} needs"
-        for row in _not_finite(scores, maps):
+        for row in _not_finite(found.scores, found.maps):
             errors.setdefault(int(row), f"non-finite map: {reason}")
         for row in errors:
-            scores[row] = np.nan
-            for values in maps.values():
+            found.scores[row] = np.nan
+            for values in found.maps.values():
                 values[row] = np.nan
-        return Computed(scores, index, maps, errors, parts, tuple(dict.fromkeys(notes)), dict(flags))
+        return Computed(found, errors, parts, tuple(dict.fromkeys(notes)))
 
-    def expect(self, boxes: NDArray[np.int64]) -> None:
-        """Begin to decode the first mini-batch of `boxes`, for a `compute` to come."""
-        self._early[boxes.tobytes()] = self._decode(boxes[: self.info.spec.batch])
-        while len(self._early) > UNITS_AHEAD:
-            for future in self._early.popitem(last=False)[1]:
-                future.cancel()
-
-    def _decode(self, boxes: NDArray[np.int64]) -> list[Future[NDArray[Any]]]:
-        return [self._decoders.submit(self._readers.read, box) for box in boxes]
-
-    def batches(
-        self, boxes: NDArray[np.int64], parts: dict[str, float]
-    ) -> Iterator[tuple[int, NDArray[Any], dict[int, str]]]:
-        """Decoded mini-batches `(first row, pixels (B, C, *S), failures)`, a few ahead of the device."""
-        size = self.info.spec.batch
-        firsts = iter(range(0, len(boxes), size))
-        ahead: deque[tuple[int, list[Future[NDArray[Any]]]]] = deque()
-
-        def submit() -> None:
-            first = next(firsts, None)
-            if first is not None:
-                early = self._early.pop(boxes.tobytes(), None) if first == 0 else None
-                ahead.append((first, early or self._decode(boxes[first : first + size])))
-
-        for _ in range(1 + BATCHES_AHEAD):
-            submit()
-        while ahead:
-            first, futures = ahead.popleft()
-            clock = time.perf_counter()
-            pixels, bad = _gather(futures, self.info)
-            parts["decode"] += time.perf_counter() - clock
-            submit()
-            yield first, pixels, bad
-
-    def _explain(
-        self, pixels: NDArray[Any], seeds: Tensor, notes: list[str], flags: Counter[str]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32], dict[str, NDArray[np.float32]]]:
+    def _explain(self, pixels: NDArray[Any], seeds: Tensor, notes: list[str]) -> Arrays:
         """Explain a mini-batch; on out-of-memory, in halves, which is noted since it changes the bits."""
         out = self._attempt(pixels, seeds)
         if out is None:
             torch.cuda.empty_cache()
             half = -(-len(pixels) // 2)
             notes.append(f"out of device memory at batch {len(pixels)}: computed in halves")
-            a = self._explain(pixels[:half], seeds[:half], notes, flags)
-            b = self._explain(pixels[half:], seeds[half:], notes, flags)
-            joined = {m: np.concatenate([a[2][m], b[2][m]]) for m in a[2]}
-            return np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]]), joined
-        for name, bits in out.flags.items():
-            for flag in MapFlag:
-                count = int(((bits & int(flag)) > 0).sum())
-                flags.update({f"{name} {str(flag.name).lower().replace('_', ' ')}": count} if count else {})
-        return (
+            parts = slice(None, half), slice(half, None)
+            return Arrays.joined([self._explain(pixels[part], seeds[part], notes) for part in parts])
+        return Arrays(
             out.scores.float().cpu().numpy(),
             out.target_index.to(torch.int32).cpu().numpy(),
             {name: values.float().cpu().numpy() for name, values in out.maps.items()},
+            {name: bits.cpu().numpy() for name, bits in out.flags.items()},
         )
 
     def _attempt(self, pixels: NDArray[Any], seeds: Tensor) -> Explained | None:
@@ -332,71 +293,7 @@ class TileComputer:
 
     def close(self) -> None:
         """Stop the decode threads and close their handles."""
-        self._decoders.shutdown(wait=True, cancel_futures=True)
-        self._readers.close()
-
-
-class _Readers:
-    """The source, open: one handle a decode thread for a slide, one in all for a volume.
-
-    A slide's handle is not shared, so that errors of one do not reach another; a volume lies in memory whole,
-    and is not to lie there once a thread.
-    """
-
-    def __init__(self, info: TilesInfo) -> None:
-        self._info = info
-        self._local: Any = threading.local() if info.image.kind == "slide" else SimpleNamespace()
-        self._open: list[Reader] = []
-        self._lock = threading.Lock()
-
-    def _reader(self) -> Reader:
-        reader: Reader | None = getattr(self._local, "reader", None)
-        if reader is None:
-            reader = open_image(self._info.image.uri, self._info.spec.read)
-            self._local.reader = reader
-            with self._lock:
-                self._open.append(reader)
-        return reader
-
-    def check(self) -> None:
-        """The source must still be the one that was planned."""
-        found = self._reader().meta.identity
-        if found != self._info.image.identity:
-            msg = (
-                f"{self._info.image.uri}: the file changed since the run was planned (identity {found[:12]}, "
-                f"expected {self._info.image.identity[:12]}); restore it, or explain again with --fresh"
-            )
-            raise SourceError(msg)
-
-    def read(self, box: NDArray[np.int64]) -> NDArray[Any]:
-        lattice = self._info.lattice
-        box_l0 = Box(frame="l0", start=tuple(box[0].tolist()), stop=tuple(box[1].tolist()))
-        pixels, _ = self._reader().read(box_l0, lattice.tile_px, lattice.level)
-        return pixels
-
-    def close(self) -> None:
-        for reader in self._open:
-            reader.close()
-
-
-def _gather(futures: list[Future[NDArray[Any]]], info: TilesInfo) -> tuple[NDArray[Any], dict[int, str]]:
-    """Stack what was read; a tile that could not be keeps its slot, as zeros.
-
-    A batch's shape changes the bits of its members, so that none may drop out.
-    """
-    tiles: list[NDArray[Any] | None] = []
-    bad: dict[int, str] = {}
-    for i, future in enumerate(futures):
-        try:
-            tiles.append(future.result())
-        except (SourceError, OSError) as error:
-            tiles.append(None)
-            # The store says which file; what is kept of a reason is short.
-            bad[i] = "read: " + str(error).removeprefix(f"{info.image.uri}: ")
-    like = next((t for t in tiles if t is not None), None)
-    shape = like.shape if like is not None else (info.image.channels, *info.lattice.tile_px)
-    dtype = like.dtype if like is not None else np.dtype(np.float32)
-    return np.stack([np.zeros(shape, dtype) if t is None else t for t in tiles]), bad
+        self.reader.close()
 
 
 def _not_finite(scores: NDArray[np.float32], maps: dict[str, NDArray[np.float32]]) -> NDArray[np.int64]:

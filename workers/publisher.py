@@ -90,6 +90,18 @@ def write_image_report(folder: Path, report: ImageReport) -> None:
     write_json(folder / "report.json", report)
 
 
+def finished_report(folder: Path, run_id: str) -> ImageReport | None:
+    """The report of a run that left nothing to do, where its report and picture are still there."""
+    if not ((folder / "report.json").exists() and (folder / "overview.png").exists()):
+        return None
+    try:
+        report = ImageReport.model_validate_json((folder / "report.json").read_text())
+    except ValidationError:
+        return None  # written by another version: everything is published anew
+    finished = report.status in ("complete", "gaps") and not report.failed_tasks
+    return report if finished and report.provenance.get("run_id") == run_id else None
+
+
 def write_run_report(out: Path, report: RunReport) -> None:
     """`run.json`: the batch, after what earlier runs left in the same folder about other images.
 

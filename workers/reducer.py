@@ -45,7 +45,7 @@ class Collector:
         failed = 0
         sums: dict[str, Tensor] = {}
         seeds = torch.from_numpy(rows)
-        for first, pixels, bad in self._tiles.batches(self._store.boxes(rows), parts):
+        for first, pixels, bad in self._tiles.reader.batches(self._store.boxes(rows), parts):
             clock = time.perf_counter()
             good = [i for i in range(len(pixels)) if i not in bad]
             for name, part in self._add(pixels, good, seeds[first : first + len(pixels)], notes).items():
@@ -70,7 +70,7 @@ class Collector:
     def expect(self, task: Task) -> None:
         """Begin to decode the first mini-batch of a group."""
         if isinstance(task, GroupTask):
-            self._tiles.expect(self._store.boxes(group_rows(task.group, self._store.info)))
+            self._tiles.reader.expect(self._store.boxes(group_rows(task.group, self._store.info)))
 
     def close(self) -> None:
         """Stop the decode threads and close their handles."""

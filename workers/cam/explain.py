@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import IntFlag
 
 import torch
 from torch import Tensor
 
 from schemas.errors import SpecError
+from schemas.explanation import MapFlag
 from workers.cam.capture import SplitNet
 from workers.cam.head import LinearHead, linear_head
 from workers.cam.method import Doubt, Method, Solved, Weigh
@@ -20,21 +20,8 @@ from workers.cam.view import Batch, View
 
 TARGETS_AT_ONCE = 64
 """Targets whose channel weights `(B, T, K)` are held together."""
-
-
-class MapFlag(IntFlag):
-    """What a tile's raw map must not be read as."""
-
-    EMPTY = 1
-    """No cell above 0: no positive evidence."""
-    CONSTANT = 2
-    """The same value in all of several cells."""
-    NOT_FINITE = 4
-    """Activations, scores or gradients are NaN or infinite; the whole map is NaN."""
-    SINGLE_CELL = 8
-    """The layer has one cell: the map says nothing of where."""
-    DOUBTFUL = 16
-    """Defined, but close to arbitrary; the method's docstring says when."""
+ROUNDING = 1e-6
+"""Share of a map's largest value within which its cells are the same; float32 leaves about an eighth of it."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +134,9 @@ def _explain(
         valid = sound & raw.isfinite().flatten(2).all(-1)
         if row.info.class_specific and "gradients" in row.info.needs and name not in by_weight:
             valid = valid & torch.stack([v.g.isfinite().flatten(1).all(1) for v in views], dim=1)
+            # Contrast in the map of a target that the layer does not move comes from the method, not from the target.
+            blind = torch.stack([(v.g == 0).flatten(1).all(1) for v in views], dim=1)
+            doubtful = doubtful | (blind & (raw.flatten(2) != 0).any(-1))
         raw = raw.float()
         maps[name] = torch.where(valid.view(*valid.shape, *(1,) * len(raw.shape[2:])), raw, torch.nan)
         flags[name] = _flags(raw.flatten(2), valid, doubtful)
@@ -201,7 +191,7 @@ def _flags(raw: Tensor, valid: Tensor, doubtful: Tensor) -> Tensor:
     flags = torch.zeros_like(valid, dtype=torch.uint8)
     for flag, where in (
         (MapFlag.EMPTY, valid & (high <= 0)),
-        (MapFlag.CONSTANT, valid & (low == high) & ~single),
+        (MapFlag.CONSTANT, valid & (high - low <= ROUNDING * torch.maximum(low.abs(), high.abs())) & ~single),
         (MapFlag.NOT_FINITE, ~valid),
         (MapFlag.SINGLE_CELL, single),
         (MapFlag.DOUBTFUL, valid & doubtful),

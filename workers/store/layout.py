@@ -25,6 +25,8 @@ from workers.store.reductions import write_reductions
 
 ERROR_TABLE = ("", "see error_text", "the network gave values that are not finite", "given up by the pool")
 """Short reasons, the table of `error`; a reason that begins like one of them has its code."""
+DEVICES = ("", "cpu", "cuda", "mps", "xpu")
+"""Kinds of device, the table of `device`."""
 ERROR_BYTES = 512
 """A reason is kept in this many bytes of UTF-8, in its unit's own chunk (attributes are shared by all workers)."""
 _BOX_ROWS = 65536
@@ -55,8 +57,10 @@ def write_tiles(path: Path, info: TilesInfo, boxes: NDArray[np.int64]) -> None:
     array("error_text", "uint8", 0, (ERROR_BYTES,), unit)
     if info.classes:
         array("scores", "float32", nan, (len(info.classes),), unit)
+    array("device", "uint8", 0, (), unit).attrs["table"] = list(DEVICES)
     array("target_index", "int32", -1, (targets,), unit)
     for method, grid in info.grids.items():
+        array(f"flags/{method}", "uint8", 0, (targets,), unit)
         # one target a chunk: a stitch task reads one channel at a time
         array(f"maps/{method}", "float32", nan, (targets, *grid.shape), unit, one=True)
     write_reductions(group, info)

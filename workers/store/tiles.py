@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from schemas.errors import StoreError
+from schemas.explanation import MapFlag
 from schemas.geometry import Box
 from schemas.heatmap import TileStatus
 from schemas.run import Counts, TileFailure, TilesInfo
 from workers.store.folders import move_aside, new_folder, read_ledger, sweep_partials
-from workers.store.layout import ERROR_BYTES, ERROR_TABLE, write_tiles
+from workers.store.layout import DEVICES, ERROR_BYTES, ERROR_TABLE, write_tiles
 
 
 class TilesStore:
@@ -156,6 +157,8 @@ class TilesStore:
         target_index: NDArray[np.int32],
         maps: Mapping[str, NDArray[np.float32]],
         errors: Mapping[int, str],
+        flags: Mapping[str, NDArray[np.uint8]] | None = None,
+        device: str = "",
     ) -> int:
         """Write all of a unit, `status` last; the same values give the same bytes, however often.
 
@@ -171,6 +174,10 @@ class TilesStore:
             Method -> `(n, target, *grid)`.
         errors
             Place in the unit (0 to n - 1) -> reason, for each tile that has no map; its values are not stored.
+        flags
+            Method -> `(n, target)`, bits of `MapFlag`; None: no flag.
+        device
+            Kind of device it was computed on, one of `DEVICES`.
 
         Returns
         -------
@@ -192,6 +199,11 @@ class TilesStore:
         if set(maps) != set(self.info.grids):
             msg = f"{self.path}: maps of {sorted(maps)}; expected {sorted(self.info.grids)}"
             raise StoreError(msg)
+        for name in maps:
+            columns[f"flags/{name}"] = (
+                flags[name] if flags else np.zeros((len(rows), target_index.shape[1]), np.uint8)
+            )
+        columns["device"] = np.full(len(rows), DEVICES.index(device), np.uint8)
         codes = np.zeros(len(rows), np.uint8)
         texts = np.zeros((len(rows), ERROR_BYTES), np.uint8)
         for row, reason in errors.items():
@@ -279,6 +291,21 @@ class TilesStore:
     def target_index(self) -> NDArray[np.int32]:
         """`(N, target)` class that each map explains; -1 where there is no map."""
         return cast("NDArray[np.int32]", self._array("target_index")[:])
+
+    def flag_counts(self) -> dict[str, int]:
+        """How many maps of computed tiles carry each flag: `gradcam empty` -> 12."""
+        done, counts = self.done_rows(), {}
+        for method in self.info.grids:
+            bits = self._array(f"flags/{method}")[:][done]
+            for flag in MapFlag:
+                if count := int(((bits & int(flag)) > 0).sum()):
+                    counts[f"{method} {flag.label}"] = count
+        return counts
+
+    def devices(self) -> tuple[str, ...]:
+        """Kinds of device that tiles were computed on."""
+        codes = np.unique(self._array("device")[:][self.done_rows()])
+        return tuple(DEVICES[code] for code in codes if code)
 
     def pending_units(self) -> list[int]:
         """Units that have a tile not yet done or failed, ascending."""
