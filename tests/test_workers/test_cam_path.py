@@ -38,7 +38,7 @@ class Curved(nn.Module):
 
 def curved(ndim: int, f: Callable[[Tensor], Tensor] = torch.tanh) -> Curved:
     torch.manual_seed(0)
-    return Curved(ndim, f).double().eval()
+    return Curved(ndim, f).double().eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])
