@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from schemas.errors import SpecError
+from schemas.explanation import MapFlag
 from tests.test_workers.tiny_networks import classes, conv_net, tiles
 from workers.cam.capture import HookedNet
 from workers.cam.cfcam import (
     DOMINANT,
+    Padding,
+    Weighting,
     cfcam,
     code_filter,
     gaussian_filter,
@@ -23,7 +26,7 @@ from workers.cam.cfcam import (
     sort_channels,
 )
 from workers.cam.dbscan import NOISE, dbscan
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.methods import method
 
 Array = NDArray[np.float64]
@@ -33,6 +36,8 @@ TOY = torch.tensor(
     [[9.0] * 4, [8.0] * 4, *([1 + 0.01 * j, *[0.01 * j] * 3] for j in range(4)), [0, 3, 0, 0], [0, 0, 0, 4]],
     dtype=torch.float64,
 )
+PADDINGS: tuple[Padding, ...] = ("zero", "symmetric", "mirror")
+WEIGHTINGS: tuple[Weighting, ...] = ("softmax", "linear")
 LABELS = [DOMINANT, DOMINANT, 0, 0, 0, 0, NOISE, NOISE]
 
 
@@ -77,7 +82,7 @@ def test_the_order_of_channels_does_not_count(seed: int) -> None:
     a[7:12] = a[12]
     a[20:40] = 0.1 * a[20:40] + a[41]
     order = torch.randperm(60, generator=generator)
-    assert len(sort_channels(a).unique()) > 2
+    assert len(set(sort_channels(a).tolist())) > 2
     assert torch.equal(sort_channels(a)[order], sort_channels(a[order]))
 
 
@@ -229,9 +234,9 @@ def test_gaussian_filter() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-15)
     assert expected.sum() == pytest.approx(1)
     m = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    for padding in ("zero", "symmetric", "mirror"):
-        assert torch.equal(gaussian_filter(0.0, padding)(m), m)  # type: ignore[arg-type]
-        torch.testing.assert_close(gaussian_filter(0.05, padding)(m), m)  # type: ignore[arg-type]
+    for padding in PADDINGS:
+        assert torch.equal(gaussian_filter(0.0, padding)(m), m)
+        torch.testing.assert_close(gaussian_filter(0.05, padding)(m), m)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
@@ -241,13 +246,13 @@ def test_paddings_equal_those_of_numpy(shape: tuple[int, ...], sigma: float) -> 
     r = math.ceil(3 * sigma)
     line = np.exp(-0.5 * (np.arange(-r, r + 1) / sigma) ** 2)
     line /= line.sum()
-    for padding, mode in (("zero", "constant"), ("symmetric", "symmetric"), ("mirror", "reflect")):
+    for padding, mode in zip(PADDINGS, ("constant", "symmetric", "reflect"), strict=True):
         expected = m[0].numpy()
         for axis in range(len(shape)):
             widths = [(r, r) if d == axis else (0, 0) for d in range(len(shape))]
             wide = np.pad(expected, widths, mode=mode)  # type: ignore[call-overload]
             expected = np.apply_along_axis(np.convolve, axis, wide, line, mode="valid")
-        found = gaussian_filter(sigma, padding)(m)[0]  # type: ignore[arg-type]
+        found = gaussian_filter(sigma, padding)(m)[0]
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -258,9 +263,9 @@ def test_symmetric_padding_makes_the_filter_inert(space: tuple[int, ...]) -> Non
     g = torch.randn(8, *space, generator=generator, dtype=torch.float64)
     labels = sort_channels(a.flatten(1))
     assert labels.tolist() == LABELS
-    for weighting in ("softmax", "linear"):
+    for weighting in WEIGHTINGS:
         none, inert, zero, mirror = (
-            cfcam(a, g, labels, smooth, weighting=weighting)  # type: ignore[arg-type]
+            cfcam(a, g, labels, smooth, weighting=weighting)
             for smooth in (
                 gaussian_filter(0.0),
                 gaussian_filter(2.0, "symmetric"),
@@ -323,7 +328,7 @@ def test_both_editions_equal_their_slow_twin(space: tuple[int, ...]) -> None:
         clustered += int(labels.max()) >= 0
         for smooth, slow in ((code_filter, slow_code_filter), (gaussian_filter(1.0), gaussian)):
             for settings in ({"weighting": "softmax"}, {"weighting": "linear"}, {"local": True}):
-                found = cfcam(a, g, labels, smooth, **settings)  # type: ignore[arg-type]
+                found = cfcam(a, g, labels, smooth, **settings)
                 expected = slow_cfcam(
                     a.numpy(),
                     g.numpy(),

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from schemas.errors import ModelError, SpecError
-from schemas.explanation import CellGeometry
+from schemas.explanation import CellGeometry, MapFlag
 from tests.test_workers.tiny_networks import classes, conv_net, monai_networks, tiles
 from workers.cam.capture import HookedNet, PairNet
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.geometry import grid_cells, measure_cells
 from workers.cam.layers import combine, minmax, ramp, resample, sites, stages
 from workers.cam.methods import method
@@ -72,7 +72,7 @@ def test_what_cannot_be_combined() -> None:
 
 def test_minmax() -> None:
     scaled, flat = minmax(torch.tensor([[[1.0, 2], [3, 5]], [[2, 2], [2, 2]]]))
-    np.testing.assert_allclose(scaled, [[[0, 0.25], [0.5, 1]], [[0, 0], [0, 0]]])
+    np.testing.assert_allclose(scaled.flatten(), [0, 0.25, 0.5, 1, 0, 0, 0, 0])
     assert flat.tolist() == [False, True]
 
 
@@ -130,6 +130,21 @@ def test_the_trunk_before_the_first_layer_records_no_graph() -> None:
     with torch.no_grad():
         sites(view, ["relu", "body"])
     assert seen == {"stem": False, "body": False, "tail": True}
+
+
+def test_targets_share_one_pass() -> None:
+    net, x = conv_net(2), tiles(2)
+    passes = []
+    net.register_forward_hook(lambda *_: passes.append(1))
+    hooked = HookedNet(net, "relu")
+    name = "normgrad_layers+layers=stem-relu"
+    explain(hooked, x, classes(3)[:1], [name])  # cells are measured once a network
+    passes.clear()
+    together = explain(hooked, x, classes(3), [name]).maps[name]
+    assert len(passes) == 2, "the engine's own, and one for the layers"
+    for c in range(3):
+        alone = explain(hooked, x, classes(3)[c : c + 1], [name]).maps[name]
+        assert torch.equal(alone[:, 0], together[:, c])
 
 
 def test_parallel_layers() -> None:

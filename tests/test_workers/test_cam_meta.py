@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import ModelError
+from schemas.explanation import MapFlag
 from schemas.model import OutputSpec
 from tests.test_workers.tiny_networks import ConvNet, classes, conv_net, monai_networks, tiles
 from workers.cam.capture import HookedNet, PairNet
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.meta import after_step, correlation, order, sign, stepped
 from workers.cam.normgrad import NormGradOptions, of_view
 from workers.cam.targets import resolve
@@ -45,25 +45,25 @@ def test_no_step_gives_the_plain_map(ndim: int) -> None:
     torch.testing.assert_close(done.maps["normgrad_meta+lr=0"], done.maps["normgrad"], rtol=1e-5, atol=1e-9)
 
 
-def slow_meta(
-    net: ConvNet,
-    x: Tensor,
-    lr: float,
-    uphill: bool,
-    loss: Callable[[Tensor], Tensor],
-    y: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """A copy of the network, `torch.optim.SGD`, and NormGrad by end-to-end autograd."""
+def slow_meta(net: ConvNet, x: Tensor, c: int, lr: float, uphill: bool = False) -> Tensor:
+    """A copy of the network, `torch.optim.SGD`, and NormGrad by end-to-end autograd; of one logit class 1 is the positive."""
     net = copy.deepcopy(net).eval()
     for p in net.parameters():
         p.requires_grad_(True)
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
-    (loss(net(x)) * (-1 if uphill else 1)).backward()
+    scores = net(x)
+    if scores.shape[1] == 1:
+        loss = F.binary_cross_entropy_with_logits(scores, torch.tensor([[float(c)]]))
+    else:
+        loss = F.cross_entropy(scores, torch.tensor([c]))
+    torch.autograd.backward(-loss if uphill else loss)
     optimizer.step()
     kept: list[Tensor] = []
     net.relu.register_forward_hook(lambda _m, _i, out: kept.append(out))
-    (g,) = torch.autograd.grad(y(net(x)), kept[0])
-    return (kept[0].norm(dim=1) * g.norm(dim=1)).detach()[0]
+    y = net(x)[0, min(c, scores.shape[1] - 1)]
+    (g,) = torch.autograd.grad(y, kept[0])
+    norm: Tensor = torch.linalg.vector_norm(kept[0], dim=1) * torch.linalg.vector_norm(g, dim=1)
+    return norm.detach()[0]
 
 
 @pytest.mark.parametrize("uphill", [False, True])
@@ -74,14 +74,7 @@ def test_a_step_equals_that_of_an_optimizer(ndim: int, uphill: bool) -> None:
     done = explain(HookedNet(net, "relu"), x, classes(3), [name, "normgrad"])
     for b in range(2):
         for c in range(3):
-            expected = slow_meta(
-                net,
-                x[b : b + 1],
-                0.5,
-                uphill,
-                lambda s, c=c: F.cross_entropy(s, torch.tensor([c])),
-                lambda s, c=c: s[0, c],
-            )
+            expected = slow_meta(net, x[b : b + 1], c, 0.5, uphill)
             np.testing.assert_allclose(
                 done.maps[name][b, c], expected, rtol=1e-4, atol=1e-6 * float(expected.max())
             )
@@ -93,10 +86,7 @@ def test_one_logit_learns_by_the_cross_entropy_of_two() -> None:
     targets = resolve(["all"], OutputSpec(kind="logit", classes=("no", "yes")), 1)
     found = explain(HookedNet(net, "relu"), x, targets, ["normgrad_meta+lr=0.5"]).maps["normgrad_meta+lr=0.5"]
     for c in range(2):
-        truth = torch.tensor([[float(c)]])
-        expected = slow_meta(
-            net, x, 0.5, False, lambda s, t=truth: F.binary_cross_entropy_with_logits(s, t), lambda s: s[0, 0]
-        )
+        expected = slow_meta(net, x, c, 0.5)
         np.testing.assert_allclose(found[0, c], expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
 
@@ -205,6 +195,8 @@ def test_networks_without_weights_to_move() -> None:
     pair = PairNet(nn.Sequential(net.stem, net.pool, net.body, net.relu), Tail(net), "cut")
     with pytest.raises(ModelError, match="eager network"):
         explain(pair, x, classes(3), ["normgrad_meta"])
+    with pytest.raises(ModelError, match="precision fp32"):
+        explain(HookedNet(conv_net(2).bfloat16(), "relu"), x.bfloat16(), classes(3), ["normgrad_meta"])
     bare = HookedNet(Bare(), "relu")
     with pytest.raises(ModelError, match="scores that depend on parameters"):
         explain(bare, x, classes(2), ["normgrad_meta"])
@@ -216,7 +208,8 @@ class Bare(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(x).mean((2, 3))
+        out: Tensor = self.relu(x).mean((2, 3))
+        return out
 
 
 class Tail(nn.Module):

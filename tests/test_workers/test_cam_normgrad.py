@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from schemas.errors import ModelError, SpecError
+from schemas.explanation import MapFlag
 from tests.test_workers.tiny_networks import CONV, classes, conv_net, tiles
 from workers.cam.capture import HookedNet, PairNet
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.methods import method
 from workers.cam.normgrad import At, By, NormGradOptions, Site, cube, extract, normgrad, window_of
 
@@ -202,10 +203,8 @@ def test_proper_needs_a_convolution() -> None:
     net, x = conv_net(2), tiles(2)
     with pytest.raises(ModelError, match=r"layer 'relu' is a ReLU.*normgrad_layers\+at=real\+layers="):
         explain(HookedNet(net, "relu"), x, classes(3), ["normgrad_proper"])
-    pair = PairNet(
-        nn.Sequential(net.stem, net.pool, net.body), nn.Sequential(nn.ReLU(), nn.Flatten(2)), "cut"
-    )
-    pair.module["tail"].append(Mean()).append(nn.Linear(5, 3))
+    trunk = nn.Sequential(net.stem, net.pool, net.body)
+    pair = PairNet(trunk, nn.Sequential(nn.ReLU(), nn.Flatten(2), Mean(), nn.Linear(5, 3)), "cut")
     with pytest.raises(ModelError, match="cut of a network in two"):
         explain(pair, x, classes(3), ["normgrad_proper"])
     done = explain(HookedNet(net, "body"), x, classes(3), ["normgrad_proper"])
@@ -230,8 +229,7 @@ def test_a_convolution_called_twice_is_explained_at_the_call_named() -> None:
             self.conv, self.fc = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(2, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.conv(x)
-            first = x.relu()
+            first: Tensor = self.conv(x).relu()
             x = self.conv(first)
             first.zero_()  # what the layer was given is kept, not what became of it
             out: Tensor = self.fc(x.square().mean((2, 3)))
@@ -240,8 +238,8 @@ def test_a_convolution_called_twice_is_explained_at_the_call_named() -> None:
     net, x = Twice(), tiles(2, batch=2)
     found = explain(HookedNet(net, "conv#1"), x, classes(3), ["normgrad_proper"]).maps["normgrad_proper"]
     with torch.no_grad():
-        inner = net.conv(x).relu()
-        out = net.conv(inner)
+        inner: Tensor = net.conv(x).relu()
+        out: Tensor = net.conv(inner)
     g = 2 * out * net.fc.weight.detach()[0].view(1, 2, 1, 1) / out[0, 0].numel()
     expected = normgrad(inner, g, window_of(net.conv))
     torch.testing.assert_close(found[:, 0], expected, rtol=1e-5, atol=1e-8)

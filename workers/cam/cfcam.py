@@ -104,12 +104,12 @@ def sort_channels(a: Tensor) -> Tensor:
 
 def gram_distances(m: Tensor) -> NDArray[np.float64]:
     """Euclidean distances `(N, N)` of the rows of `(N, Z)`, float64, by their Gram matrix."""
-    gram = m @ m.T
-    squares = gram.diagonal()
+    found = m @ m.T
+    squares = found.diagonal().clone()
     total = squares[:, None] + squares
-    found = total - 2 * gram
-    found = torch.where(found <= 1e-12 * total, 0, found)  # what rounding leaves of equal rows
-    distances: NDArray[np.float64] = torch.maximum(found, found.T).sqrt().cpu().numpy()
+    found = found.mul_(-2).add_(total)
+    found[found <= 1e-12 * total] = 0  # what rounding leaves of equal rows
+    distances: NDArray[np.float64] = found.sqrt_().cpu().numpy()
     np.fill_diagonal(distances, 0)
     return distances
 

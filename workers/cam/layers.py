@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -122,17 +122,38 @@ def resample(maps: Tensor, cells: CellGeometry, onto: CellGeometry) -> Tensor:
     return maps
 
 
-def sites(view: View, layers: Sequence[str]) -> list[Site]:
-    """Several layers in one pass and one gradient, in the order in which they run.
+class Pass(NamedTuple):
+    """One pass, in the order in which the layers ran."""
 
-    The layer that runs first starts the graph: what lies before it is run without one.
+    parts: tuple[HookedNet, ...]
+    outputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor | None, ...]
+    """Of convolutions."""
+    scores: Tensor
+    """As in `Split`, attached to the outputs."""
+
+
+def sites(view: View, layers: Sequence[str]) -> list[Site]:
+    """Several layers in one pass, shared by all targets, and one gradient, in the order in which they run.
 
     Raises
     ------
     ModelError
         No such layer, one that the scores do not depend on or that has no spatial axes, or a cut network.
     """
-    net = _eager(view.net)
+    done = view.once(("layers", *layers), lambda: _run(_eager(view.net), view.x, layers))
+    with torch.enable_grad():
+        y = view.y(done.scores)
+    return [
+        Site(part.layer, part.target, full(output.detach()), full(g), given)
+        for part, output, given, g in zip(
+            done.parts, done.outputs, done.inputs, _gradients(view.net, y, done), strict=True
+        )
+    ]
+
+
+def _run(net: HookedNet, x: Tensor, layers: Sequence[str]) -> Pass:
+    """The layer that runs first starts the graph: what lies before it is run without one."""
     parts = [HookedNet(net.module, layer) for layer in layers]
     outputs: dict[int, Tensor] = {}
 
@@ -149,31 +170,32 @@ def sites(view: View, layers: Sequence[str]) -> list[Site]:
         given = [stack.enter_context(part.inputs()) for part in parts]
         for i, part in enumerate(parts):
             stack.enter_context(part.tapped(swap(i)))
-        scores = net.readout.take(net.module(plain(view.x)), len(view.x))
-        y = view.y(scores)
+        scores = net.readout.take(net.module(plain(x)), len(x))
     for i, output in outputs.items():
-        if output.ndim != view.x.ndim:
+        if output.ndim != x.ndim:
             msg = (
-                f"layer {layers[i]!r} gives shape {tuple(output.shape)}; only layers with (B, K, *grid) of {view.x.ndim - 2} "
+                f"layer {layers[i]!r} gives shape {tuple(output.shape)}; only layers with (B, K, *grid) of {x.ndim - 2} "
                 "axes can be combined"
             )
             raise ModelError(msg)
-    return [
-        Site(layers[i], parts[i].target, full(outputs[i].detach()), full(g), *(given[i] or (None,)))
-        for (i, g) in zip(outputs, _gradients(view.net, y, outputs, layers), strict=True)
-    ]
+    return Pass(
+        tuple(parts[i] for i in outputs),
+        tuple(outputs.values()),
+        tuple(given[i][0] if given[i] else None for i in outputs),
+        scores,
+    )
 
 
-def _gradients(net: SplitNet, y: Tensor, outputs: dict[int, Tensor], layers: Sequence[str]) -> list[Tensor]:
+def _gradients(net: SplitNet, y: Tensor, done: Pass) -> list[Tensor]:
     if isinstance(net, NoisyNet):
-        return [net.grad(y, output, retain=True) for output in outputs.values()]
-    found: Sequence[Tensor | None] = (None,) * len(outputs)
+        return [net.grad(y, output, retain=True) for output in done.outputs]
+    found: Sequence[Tensor | None] = (None,) * len(done.outputs)
     if y.requires_grad:
         with torch.enable_grad():
-            found = torch.autograd.grad(y.sum(), list(outputs.values()), allow_unused=True)
-    for i, g in zip(outputs, found, strict=True):
+            found = torch.autograd.grad(y.sum(), done.outputs, retain_graph=True, allow_unused=True)
+    for part, g in zip(done.parts, found, strict=True):
         if g is None:
-            msg = f"the scores do not depend on layer {layers[i]!r}; name layers on the way from input to scores"
+            msg = f"the scores do not depend on layer {part.layer!r}; name layers on the way from input to scores"
             raise ModelError(msg)
     return [g for g in found if g is not None]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import ModelError
-from workers.cam.capture import frozen
+from workers.cam.capture import FOLDED, frozen
 from workers.cam.method import Doubt, Raw, row
 from workers.cam.noise import NoisyNet
 from workers.cam.normgrad import REBUFFI, NormGradOptions, hooked, of_view
@@ -67,6 +67,11 @@ def gradients(view: View) -> dict[nn.Parameter, Tensor]:
     net = hooked(view.net)
     if net is None:
         msg = "meta-saliency needs the eager network, whose weights it moves, not one cut in two; use method 'normgrad'"
+        raise ModelError(msg)
+    if any(p.element_size() < 4 for p in net.module.parameters()) or any(
+        hasattr(m, FOLDED) for m in net.module.modules()
+    ):
+        msg = "meta-saliency takes a step from the weights as they were trained: run it in precision fp32, not 'fast'"
         raise ModelError(msg)
     with frozen(net.module):
         parameters = [p for p in net.module.parameters() if p.is_floating_point()]

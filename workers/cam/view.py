@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from workers.cam.capture import Split, SplitNet
+
+Shared = TypeVar("Shared")
 
 
 class Batch:
@@ -37,7 +40,7 @@ class Batch:
         output = full(split.scores.detach())
         self.reading = net.readout.reading(output)
         self.scores = self.reading(output)
-        self.shared: dict[Hashable, Tensor] = {}
+        self.shared: dict[Hashable, Any] = {}
         self.sound = self.a.isfinite().flatten(1).all(1) & self.scores.isfinite().all(1)
 
 
@@ -96,11 +99,12 @@ class View:
             y = (self.reading(full(self._split.scores), None) * target).sum(1)
         return full(self.net.grad(y, self._split.activations, retain=True)).flatten(2)
 
-    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: Hashable, compute: Callable[[], Shared]) -> Shared:
         """What does not hang on the target, computed for the first view of the batch that asks."""
         if key not in self._shared:
             self._shared[key] = compute()
-        return self._shared[key]
+        found: Shared = self._shared[key]
+        return found
 
     def noise(self, sample: int) -> Tensor:
         """Standard normal noise like `x`, a function of each tile's seed and of `sample` alone."""
