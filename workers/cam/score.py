@@ -81,14 +81,14 @@ def masks(low: Tensor, size: tuple[int, ...], preset: Mask) -> Tensor:
         `(n, 1, *S)`; 0 for a channel that is equal in all cells, where the libraries may stretch rounding errors.
     """
     axes = tuple(range(1, low.ndim))
-    varies = low.amax(axes, keepdim=True) > low.amin(axes, keepdim=True)
+    flat = low.amax(axes, keepdim=True) == low.amin(axes, keepdim=True)
     if preset == "torchcam":
         found = _enlarge(_stretch(low, EPSILON), size, False)
     elif preset == "pgc":
         found = _stretch(_enlarge(low, size, True), EPSILON)
     else:
         found = _stretch(_enlarge(low, size, False), 0.0)
-    return torch.where(varies, found, 0.0)
+    return found.masked_fill_(flat, 0.0)
 
 
 def _enlarge(low: Tensor, size: tuple[int, ...], corners: bool) -> Tensor:
@@ -99,12 +99,12 @@ def _stretch(m: Tensor, epsilon: float) -> Tensor:
     axes = tuple(range(1, m.ndim))
     low, high = m.amin(axes, keepdim=True), m.amax(axes, keepdim=True)
     span = high - low + epsilon
-    return (m - low) / torch.where(span == 0, 1, span)
+    return (m - low).div_(torch.where(span == 0, 1, span))
 
 
 Change = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x of some rows `(n, C_in, *S)`, their masks `(n, 1, *S)`, which tile each row is `(n,)`) -> inputs like x. Equal masks of
-a tile must give equal inputs."""
+"""(x of some rows `(n, C_in, *S)`, their masks `(n, 1, *S)`, which tile each row is `(n,)`) -> inputs like x. Both are copies
+that may be changed in place; equal masks of a tile must give equal inputs."""
 
 
 def masked_scores(view: View, options: ScoreOptions, samples: int, change: Callable[[int], Change]) -> Tensor:
@@ -139,22 +139,26 @@ def masked_scores(view: View, options: ScoreOptions, samples: int, change: Calla
     return torch.where(constant[..., None], shared[:, None], found) / samples
 
 
-def _weighted(view: View, scores: Tensor) -> tuple[Tensor, None]:
-    """Map `(B, Z)` of channels weighted by the softmax, over channels, of the target's scores `(B, K, C)`."""
+def _weighted(view: View, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Map `(B, Z)` of channels weighted by the softmax, over channels, of the target's scores `(B, K, C)`.
+
+    In doubt `(B,)` where no mask moves the score: the weights are then equal, and the map is the mean activation.
+    """
     y = torch.einsum("bkc,bc->bk", scores, view.target)
-    return torch.einsum("bk,bkz->bz", y.softmax(1), view.a), None
+    unmoved = y.amax(1) - y.amin(1) <= 1e-6 * y.abs().amax(1)
+    return torch.einsum("bk,bkz->bz", y.softmax(1), view.a), unmoved
 
 
-def scorecam(view: View, options: Any) -> tuple[Tensor, None]:
+def scorecam(view: View, options: Any) -> tuple[Tensor, Tensor]:
     """Score-CAM (Wang et al., CVPR Workshops 2020): weights are the softmax over channels of `y(x * mask_k)`."""
 
     def change(_: int) -> Change:
-        return lambda x, mask, _tile: x * mask
+        return lambda x, mask, _tile: x.mul_(mask)
 
     return _weighted(view, view.once(("scorecam", options), lambda: masked_scores(view, options, 1, change)))
 
 
-def sscam(view: View, options: Any) -> tuple[Tensor, None]:
+def sscam(view: View, options: Any) -> tuple[Tensor, Tensor]:
     """SS-CAM (Wang et al., arXiv:2006.14255): Score-CAM with scores averaged over Gaussian noise.
 
     The noise is a function of a tile's seed and of the sample, the same for all channels, so that channels are compared
@@ -164,20 +168,20 @@ def sscam(view: View, options: Any) -> tuple[Tensor, None]:
     def change(sample: int) -> Change:
         noise = options.sigma * view.noise(sample)
         if options.on == "input":
-            return lambda x, mask, tile: x * mask + noise[tile]
-        return lambda x, mask, tile: x * (mask + noise[tile, :1])
+            return lambda x, mask, tile: x.mul_(mask).add_(noise[tile])
+        return lambda x, mask, tile: x.mul_(mask + noise[tile, :1])
 
     return _weighted(
         view, view.once(("sscam", options), lambda: masked_scores(view, options, options.samples, change))
     )
 
 
-def iscam(view: View, options: Any) -> tuple[Tensor, None]:
+def iscam(view: View, options: Any) -> tuple[Tensor, Tensor]:
     """IS-CAM (Naidu et al., arXiv:2010.03023): Score-CAM with scores averaged along `i / n` of the mask, i = 1...n."""
 
     def change(sample: int) -> Change:
         share = (sample + 1) / options.samples
-        return lambda x, mask, _tile: x * (share * mask)
+        return lambda x, mask, _tile: x.mul_(mask).mul_(share)
 
     return _weighted(
         view, view.once(("iscam", options), lambda: masked_scores(view, options, options.samples, change))
