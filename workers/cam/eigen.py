@@ -109,7 +109,7 @@ def arbitrary(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Finite:
-    """Float64 rows that LAPACK takes: one bad row would have the whole batch refused, so it is solved as zeros."""
+    """A float64 copy whose rows LAPACK takes: one bad row would have the whole batch refused, so it is solved as zeros."""
 
     m: Tensor
     sound: Tensor
@@ -117,8 +117,9 @@ class Finite:
 
     @classmethod
     def of(cls, m: Tensor) -> Finite:
-        sound = m.isfinite().flatten(1).all(1)
-        return cls(torch.where(sound[:, None, None], m.double(), 0.0), sound, m.dtype)
+        double = m.to(torch.float64, copy=True)
+        sound = double.sum((1, 2)).isfinite()
+        return cls(double.masked_fill_(~sound[:, None, None], 0.0), sound, m.dtype)
 
     def give_back(self, raw: Tensor) -> Tensor:
         """Maps `(B, Z)` in the type that came, bad rows NaN."""
@@ -140,10 +141,10 @@ def principal(m: Tensor) -> tuple[Tensor, Tensor]:
     ), values
 
 
-def centre(m: Tensor) -> Tensor:
-    """`(B, K, Z)` without each channel's mean over the cells; a channel equal in all cells is 0, not rounding."""
-    varies = m.amax(-1, keepdim=True) > m.amin(-1, keepdim=True)
-    return torch.where(varies, m - m.mean(-1, keepdim=True), 0.0)
+def centre_(m: Tensor) -> Tensor:
+    """Take each channel's mean over the cells off `(B, K, Z)`, in place; a channel equal in all cells is 0, not rounding."""
+    flat = m.amax(-1, keepdim=True) == m.amin(-1, keepdim=True)
+    return m.sub_(m.mean(-1, keepdim=True)).masked_fill_(flat, 0.0)
 
 
 def eigencam(a: Tensor, centred: bool = False) -> tuple[Tensor, Tensor]:
@@ -171,7 +172,7 @@ def eigencam(a: Tensor, centred: bool = False) -> tuple[Tensor, Tensor]:
         return _larger(a, centred)
     rows = Finite.of(a)
     v, values = principal(rows.m)
-    sums = torch.stack([rows.m.sum(-1), rows.m.abs().sum(-1)])
+    sums = torch.stack([rows.m.sum(-1), torch.linalg.vector_norm(rows.m, 1, -1)])
     return rows.give_back(project(rows.m, positive_sum(v, sums))), arbitrary(values)
 
 
@@ -186,7 +187,7 @@ def eigengradcam(a: Tensor, g: Tensor, centred: bool = False) -> tuple[Tensor, T
 
 def _larger(m: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
     rows = Finite.of(m)
-    inner = centre(rows.m) if centred else rows.m
+    inner = centre_(rows.m) if centred else rows.m
     v, values = principal(inner)
     low, high = project(inner, v).aminmax(dim=-1)
     return rows.give_back(project(inner, larger_side(v, high, low))), arbitrary(values)
@@ -217,12 +218,13 @@ def _eigengradcam(view: View, options: Any) -> tuple[Tensor, Tensor]:
 METHODS = (
     row(
         "eigencam", "Eigen-CAM", _eigencam, "1",
-        "Muhammad & Yeasin, Eigen-CAM, IJCNN 2020", signed=False, edition="uncentred (paper), sum made positive",
+        "Muhammad & Yeasin, Eigen-CAM, IJCNN 2020", signed=False,
+        edition="uncentred (paper), sum made positive; centred (pytorch-grad-cam): larger side made positive",
         needs=("activations",), class_specific=False, options=EigenOptions(),
     ),
     row(
         "eigengradcam", "EigenGradCAM", _eigengradcam, "1",
-        "Gildenblat and contributors, pytorch-grad-cam, 2021", edition="of A g, uncentred, larger side made positive",
+        "Gildenblat and contributors, pytorch-grad-cam, 2021", edition="of A g, uncentred unless asked, larger side made positive",
         options=EigenOptions(),
     ),
 )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.cam.eigen import Finite, arbitrary, centre, larger_side, leading
+from workers.cam.eigen import Finite, arbitrary, centre_, larger_side, leading
 from workers.cam.method import Options, row
 from workers.cam.view import View
 
@@ -57,9 +57,9 @@ def kpcacam(a: Tensor, options: KernelOptions | None = None) -> tuple[Tensor, Te
 
 
 def _component(m: Tensor, options: KernelOptions) -> tuple[Tensor, Tensor]:
-    matrix = _kernel(centre(m).mT, options)
+    matrix = _kernel(centre_(m).mT, options)
     rounding = 1e-14 * m.shape[-1] * matrix.abs().amax((1, 2))
-    matrix = centre(centre(matrix).mT)
+    matrix = centre_(centre_(matrix).mT)
     u, values = leading((matrix + matrix.mT) / 2)  # symmetric but for rounding
     # cells that are all alike leave only rounding, whose direction is no map
     first = torch.where(values[:, -1] > rounding, values[:, -1], 0.0)
