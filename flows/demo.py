@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flows.progress import Lines
-from flows.tables import Scores, class_words, demo_table, print_table
+from flows.tables import Scores, class_words, demo_document, demo_table, print_table
 from schemas.geometry import Box
 from schemas.run import ExplainRequest, PoolSettings, RunReport
 from workers.cam.methods import METHODS as TABLE
@@ -40,7 +40,11 @@ TARGETS = {"lesion against all other tissue": 0.95, "lesion against lesion + dis
 
 SLIDE_VALUES, VOLUME_VALUES = (DISTRACTOR, LESION), (RIM_MINUS, RIM_SHELL)
 """What tiles are measured on: both classes of each network."""
-TILES_EACH = 8
+TILES_EACH = 4
+LIGHTER = {"sscam": "sscam+samples=3", "iscam": "iscam+samples=3"}
+"""What stands for the slowest methods among all."""
+BESIDE = {"normgrad_proper": "normgrad_layers+at=real+layers=features.denseblock1.denselayer2.layers.conv2"}
+"""A method that needs a convolution is shown at one, beside what it says of the layer explained."""
 SLIDE_OUTLINES = (Outline("lesion", (LESION,), "solid"), Outline("distractor", (DISTRACTOR,), "dotted"))
 VOLUME_OUTLINES = (Outline("rim+ shell", (RIM_SHELL,), "solid"),
                    Outline("rim- lesion", (RIM_MINUS,), "dotted"))  # fmt: skip
@@ -48,7 +52,8 @@ VOLUME_OUTLINES = (Outline("rim+ shell", (RIM_SHELL,), "solid"),
 
 def chosen_methods(asked: tuple[str, ...]) -> tuple[str, ...]:
     """The methods asked for, `all` written out; Grad-CAM comes first, asked for or not."""
-    named = [n for name in asked or METHODS for n in (tuple(TABLE) if name == ALL else (name,))]
+    everything = [n for name in TABLE for n in (LIGHTER.get(name, name), BESIDE.get(name)) if n]
+    named = [n for name in asked or METHODS for n in (everything if name == ALL else [name])]
     return tuple(dict.fromkeys(["gradcam", *named]))
 
 
@@ -79,13 +84,13 @@ def run_demo(
         region, overlap = str(inputs / "region.geojson"), 0.0
         _write_region(inputs / "region.geojson", busiest_window(str(truth_path), SLIDE_VALUES))
         print(
-            "all methods: to stay within minutes, only the part of the slide in inputs/region.geojson is explained, "
-            "and the volume without overlap of tiles"
+            "to stay within minutes, all methods see only the part of the slide in inputs/region.geojson, tiles do not "
+            f"overlap, and {' and '.join(LIGHTER)} take 3 samples"
         )
     asked = [
         ExplainRequest(
             images=(str(slide_path),), model=str(slide_card), out=str(run), methods=_taken(slide_trust),
-            targets=("lesion",), overlap=0.5, region=region,
+            targets=("lesion",), overlap=overlap, region=region,
         ),
         ExplainRequest(
             images=(str(volume_path),), model=str(volume_card), out=str(run), methods=_taken(volume_trust),
@@ -149,6 +154,8 @@ def _tell(
     """Print the table of one image's maps and draw their contact sheet; its path."""
     found = scores(image, truth, folder)
     print_table(demo_table(image.name, found, trust))
+    document = demo_document(found, trust)
+    (folder / "methods.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     _print_verdict(found)
     refused = [f"{row.method}: not applicable to this network: {row.reason}" for row in trust if row.reason]
     print("\n".join(refused), flush=True)
@@ -159,7 +166,7 @@ def _tell(
     }  # fmt: skip
     notes = [
         f"AUROC: {' / '.join(next(iter(found.values())))}. Class: rank correlation of the maps for the two classes; 1 means that "
-        "the map does not know which class is asked for.",
+        "the map does not know which class is asked for. Dimmed: left out by choice.",
         *refused,
     ]
     heatmap = HeatmapStore.open(folder / "heatmap.ome.zarr")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -100,11 +101,41 @@ def demo_table(title: str, scores: Scores, trust: Sequence[Trust]) -> Table:
             table.add_row(row.method, *["-"] * len(questions), "not applicable")
             continue
         found = [f"{scores[labels[row.method]][q]:.3f}" for q in questions]
-        noise = f"{row.robustness.ssim.mean:.3f}" if row.robustness else "none used"
-        table.add_row(row.method, *found, f"{row.seconds_per_1000:.1f}", class_words(row), noise)
+        table.add_row(row.method, *found, f"{row.seconds_per_1000:.1f}", class_words(row), noise_words(row))
     for label in [label for label in scores if ":" not in label]:
         table.add_row(label, *(f"{scores[label][q]:.3f}" for q in questions))
     return table
+
+
+def demo_document(scores: Scores, trust: Sequence[Trust]) -> dict[str, dict[str, Any]]:
+    """The same for machines, by method; what is not defined is null."""
+    labels = {label.rpartition(":")[0]: label for label in scores if ":" in label}
+    document = {}
+    for row in trust:
+        facts: dict[str, Any] = {"reason": row.reason}
+        if not row.reason:
+            facts |= {"auroc": scores[labels[row.method]], "seconds_per_1000_tiles": row.seconds_per_1000}
+        if row.sensitivity is not None:
+            facts |= {"class_sensitivity": _known(row.sensitivity.mean), "tiles": row.sensitivity.counted,
+                      "left_out": row.sensitivity.left_out}  # fmt: skip
+        if row.robustness is not None:
+            facts |= {"ssim": _known(row.robustness.ssim.mean), "mse": _known(row.robustness.mse.mean),
+                      "changed": row.robustness.changed}  # fmt: skip
+        document[row.method] = facts
+    return document
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def noise_words(row: Trust) -> str:
+    """How alike a method's maps stay under noise on their gradients."""
+    if row.robustness is None:
+        return "none used"
+    if not row.robustness.changed:
+        return "not reached"
+    return f"{row.robustness.ssim.mean:.3f}" if row.robustness.ssim.counted else "-"
 
 
 def class_words(row: Trust) -> str:
@@ -112,7 +143,7 @@ def class_words(row: Trust) -> str:
     if row.sensitivity is None or not row.sensitivity.counted:
         return "-"
     left_out = f" ({row.sensitivity.counted} tiles)" if row.sensitivity.left_out else ""
-    return f"{row.sensitivity.mean:.2f}{left_out}"
+    return f"{row.sensitivity.mean:.2f}{left_out}".replace("-", "\N{MINUS SIGN}")
 
 
 def print_table(table: Table) -> None:

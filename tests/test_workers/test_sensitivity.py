@@ -93,7 +93,6 @@ def test_mse_is_of_maps_scaled_by_the_range_of_the_first_and_units_do_not_matter
     expected = [np.mean((a - b) ** 2) / np.ptp(a) ** 2 for a, b in zip(first, noisy, strict=True)]
     assert found.mse.values == pytest.approx(expected)
     assert found.changed == 2
-    assert robustness(first, first * (1 + 1e-7)).changed == 0  # rounding is no change
     assert (found.ssim.values < 1).all()
     scaled = robustness(1e-6 * first + 3, 1e-6 * noisy + 3)
     assert scaled.mse.values == pytest.approx(found.mse.values, rel=1e-5)

@@ -33,7 +33,7 @@ PANEL_IN = 2.35
 CAPTION_IN = 0.66
 SLIDE_PX = 2048
 """Longest side at which a slide is read; only what was evaluated is drawn of it."""
-AROUND = 0.02
+AROUND = 0.01
 """Share of the picture's longest side kept around what was evaluated."""
 
 
@@ -85,7 +85,9 @@ def write_contact_sheet(
     draw = _slide if reader.meta.kind == "slide" else _plane
     picture = draw(reader, truth, heatmap)
     path = Path(path)
-    save_figure(_figure(path.stem, heatmap, picture, outlines, captions, notes), path)
+    save_figure(
+        _figure(heatmap.path.resolve().parent.name, heatmap, picture, outlines, captions, notes), path
+    )
     return path
 
 
@@ -182,7 +184,7 @@ def _figure(
         made.set_yticks([])
         return made
 
-    text(0.12, 0.12, title, size=15, weight="bold")
+    text(0.12, 0.12, f"{title}: {len(info.channels)} maps", size=15, weight="bold")
     target = info.channels[0].target
     text(
         0.12,
