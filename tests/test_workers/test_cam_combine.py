@@ -11,9 +11,10 @@ from schemas.errors import ModelError, SpecError
 from schemas.explanation import CellGeometry, MapFlag
 from tests.test_workers.tiny_networks import classes, conv_net, monai_networks, tiles
 from workers.cam.capture import HookedNet, PairNet
+from workers.cam.combine import combine, minmax, ramp, resample
 from workers.cam.explain import explain
 from workers.cam.geometry import grid_cells, measure_cells
-from workers.cam.layers import combine, minmax, ramp, resample, sites, stages
+from workers.cam.layers import sites, stages
 from workers.cam.methods import method
 from workers.cam.view import Batch, View
 
