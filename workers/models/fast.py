@@ -208,7 +208,12 @@ def pairs(net: HookedNet, x: Tensor) -> tuple[Pair, ...]:
         return not hooks and all(shared[id(p)] == 1 for p in module.parameters())
 
     convs = [m for m in names if type(m) in CONVOLUTIONS and foldable(m)]
-    norms = [m for m in names if type(m) in NORMS and foldable(m) and m.running_mean is not None]
+    # The explained layer stays the module it is.
+    norms = [
+        m
+        for m in names
+        if type(m) in NORMS and m is not net.target and foldable(m) and m.running_mean is not None
+    ]
     handles = [m.register_forward_hook(convolved) for m in convs]
     handles += [m.register_forward_hook(normed) for m in norms]
     handles += [net.target.register_forward_hook(lambda _m, _i, output: seen.extend(_tensors(output)))]
