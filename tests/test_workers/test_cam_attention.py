@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import ModelError
+from schemas.explanation import MapFlag
 from schemas.model import OutputSpec
 from tests.test_workers.tiny_networks import classes, conv_net, tiles
 from tests.test_workers.tiny_transformers import Attend, TinyViT, monai_vit, swin, tiny_vit, vit_tiles
 from workers.cam import softmax
 from workers.cam.attention import carried, read_rows, rolled_out
 from workers.cam.capture import HookedNet, PairNet
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.softmax import Attending, attention_of
 from workers.cam.targets import resolve
 from workers.cam.tokens import TokenLayout

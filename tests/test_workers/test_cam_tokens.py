@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from schemas.errors import ModelError
+from schemas.explanation import MapFlag
 from schemas.model import CamLayer, ModelCard
 from tests.test_workers.tiny_networks import classes, conv_net, tiles
 from tests.test_workers.tiny_transformers import (
@@ -27,7 +28,7 @@ from tests.test_workers.tiny_transformers import (
     vit_tiles,
 )
 from workers.cam.capture import HookedNet
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.geometry import measure_cells
 from workers.cam.reach import check_tokens
 from workers.cam.tokens import Arrangement, Layout, TokenLayout, looks_channels_last
