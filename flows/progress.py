@@ -21,7 +21,7 @@ class Event:
 
     image: str
     stage: str
-    """probe, plan, explain, stitch, downsample, publish, export, or the final status."""
+    """probe, plan, collect, solve, explain, stitch, downsample, publish, export, or the final status."""
     done: int = 0
     total: int = 0
     failed: int = 0

@@ -250,6 +250,10 @@ class _Run:
 
     def collect_and_solve(self, sums: Reductions) -> None:
         """Sum over all tiles and solve, where no earlier run did: nothing can be explained before."""
+        self.lost += [
+            f"group {group}: given up by an earlier run, so that its tiles did not enter; --fresh sums anew"
+            for group in sums.given_up()
+        ]
         groups = sums.pending_groups() if self.pending and sums.unsolved() else []
         done, failed, total = 0, 0, sum(len(sums.rows(group)) for group in groups)
         began = time.perf_counter()

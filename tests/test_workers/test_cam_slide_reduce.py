@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from schemas.errors import SpecError
+from schemas.explanation import MapFlag
 from tests.test_workers.tiny_networks import classes, conv_net, tiles
 from workers.cam.capture import HookedNet
 from workers.cam.eigen import eigencam
 from workers.cam.eigen_slide import gram_with_sums, on_direction, solve
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.method import Solved
 from workers.cam.reduce import collect, reductions
 from workers.cam.reduce import solve as solve_method
@@ -181,7 +182,7 @@ def test_a_direction_among_equals_is_doubtful() -> None:
 def test_without_a_state_it_says_what_is_missing() -> None:
     net = HookedNet(conv_net(2), "relu")
     for name in NAMES:
-        with pytest.raises(SpecError, match="whole image.*reduce.collect"):
+        with pytest.raises(SpecError, match=r"whole image.*reduce\.collect"):
             explain(net, tiles(2), classes(3), [name])
     with pytest.raises(SpecError, match="nothing to sum"):
         collect(net, tiles(2), classes(3), ["gradcam"], [0])

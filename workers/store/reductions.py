@@ -102,6 +102,10 @@ class Reductions:
         """Groups not yet summed or given up, ascending."""
         return np.flatnonzero(self._statuses() == TileStatus.PENDING).tolist()
 
+    def given_up(self) -> list[int]:
+        """Groups that the pool gave up: their tiles are in no state."""
+        return np.flatnonzero(self._statuses() == TileStatus.FAILED).tolist()
+
     def _statuses(self) -> NDArray[np.uint8]:
         return cast("NDArray[np.uint8]", self._array("status/collect")[:])
 
