@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from schemas.errors import SpecError
+from schemas.explanation import MapFlag
 from tests.test_workers.tiny_networks import classes, conv_net, monai_networks, tiles
 from workers.cam import ablation
 from workers.cam.capture import HookedNet, PairNet, SplitNet
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.fan import fans_out, tail_of_many
 from workers.cam.head import linear_head
 from workers.cam.methods import method

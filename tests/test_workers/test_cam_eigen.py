@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from schemas.errors import SpecError
+from schemas.explanation import MapFlag
 from tests.test_workers.tiny_networks import classes, conv_net, tiles
 from workers.cam.capture import HookedNet
 from workers.cam.eigen import (
@@ -22,7 +23,7 @@ from workers.cam.eigen import (
     positive_sum,
     project,
 )
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.fem import fem
 from workers.cam.kernel import KernelOptions, kpcacam
 from workers.cam.methods import method

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from schemas.errors import SpecError
+from schemas.explanation import MapFlag
 from tests.test_workers.tiny_networks import ConvNet, classes, conv_net, tiles
 from workers.cam.capture import HookedNet, PairNet
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.methods import method
 from workers.cam.score import constant_channels, masks
 
