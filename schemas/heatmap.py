@@ -63,10 +63,15 @@ class ChannelInfo(Frozen):
     bag_method: str = ""
     grid: tuple[int, ...]
     """Native CAM cells a tile, array order."""
+    title: str = ""
+    edition: str = ""
+    """What the method is called, and which variant it is, in words."""
 
     @property
     def label(self) -> str:
-        return f"{self.method}:{self.target}"
+        """What viewers show; a reconstruction is never without its mark."""
+        mark = " (reconstruction)" if "(reconstruction)" in self.title else ""
+        return f"{self.method}:{self.target}{mark}"
 
 
 class HeatmapGrid(Frozen):
