@@ -236,6 +236,8 @@ def _heatmap_info(
             unit=output.unit(info.unit),
             signed=info.signed,
             grid=tiles.grids[name].shape,
+            title=info.title,
+            edition=info.edition,
         )
         for name, info in ((name, method(name).info) for name in cam.methods)
         for target, index in zip(facts.targets, facts.target_index, strict=True)
