@@ -56,7 +56,7 @@ def write_unet(folder: Path, ndim: int, **output: Any) -> str:
     from monai.networks.nets.basic_unet import BasicUNet
 
     folder.mkdir(parents=True, exist_ok=True)
-    args = {
+    args: dict[str, Any] = {
         "spatial_dims": ndim, "in_channels": 3 if ndim == 2 else 1, "out_channels": 3,
         "features": [4, 4, 8, 8, 8, 4],
     }  # fmt: skip

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import ModelError, SpecError
+from schemas.explanation import MapFlag
 from schemas.model import OutputSpec
 from tests.test_workers.tiny_networks import CONV, conv_net, tiles
 from workers.cam.capture import HookedNet
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.readout import Readout, Region, Similarity, Symbols
 from workers.cam.targets import resolve
 from workers.cam.view import Batch, View
@@ -286,7 +287,7 @@ def test_each_symbol_has_its_map_and_they_sum_to_that_of_the_sum(score: Any) -> 
     if score == "logit":
         # closed form: the weight of the emitted symbol, times the activation, over the half's cells
         for t, cells in ((0, (slice(None), slice(0, half))), (1, (slice(None), slice(half, None)))):
-            weight = net.words[t].weight.detach()[emitted[:, t]]  # type: ignore[index,operator,union-attr]
+            weight = net.words[t].weight.detach()[emitted[:, t]]  # type: ignore[operator]
             part = x.relu()[(slice(None), slice(None), *cells)]
             expected = torch.einsum("bk,bkyx->byx", weight, part) / part[0, 0].numel()
             same(hires[(slice(None), t, *cells)], expected)
