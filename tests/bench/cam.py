@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing as mp
 import os
 import platform
 import statistics
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from tests.bench import contenders as field
 from tests.bench.contenders import CASES, Case, Run, contenders, difference, pgc, prepared
+from tests.bench.memory import peak_memory
 from workers.cam.capture import HookedNet
 from workers.cam.eigen import eigencam
 from workers.cam.explain import explain
@@ -33,7 +33,6 @@ from workers.cam.score import constant_channels
 from workers.cam.targets import ResolvedTarget
 from workers.models.fast import accelerate
 
-MEMORY_BATCH = 8
 COSTLY = ("eigen", "ablation", "score")
 
 
@@ -63,10 +62,10 @@ def ratio(a: list[float], b: list[float]) -> tuple[float, list[float]]:
     return statistics.median(each), each
 
 
-def compare(name: str, rounds: int, memory: bool) -> dict[str, Any]:
+def compare(name: str, rounds: int, batch: int, memory: bool) -> dict[str, Any]:
     """One network: every contender's seconds, difference and peak memory."""
     case = CASES[name]
-    net, x = case.net(), case.x()
+    net, x = case.net(), case.x(batch)
     runs = {n: prepared(n, case, net, x) for n in contenders(case)}
     seconds, maps = in_turn(runs, rounds)
     mine = maps["ours"]
@@ -100,31 +99,6 @@ def tail_share(case: Case) -> float:
             part(case.x(1))
         counts.append(counter.get_total_flops())
     return 1 - counts[0] / counts[1]
-
-
-def peak_memory(case: str, contender: str) -> float:
-    """MiB a tile that one call adds to a fresh process, at its highest."""
-    context = mp.get_context("forkserver")
-    with context.Pool(1) as pool:
-        return float(pool.apply(_peak, (case, contender)))
-
-
-def _peak(name: str, contender: str) -> float:
-    case = CASES[name]
-    batch = min(MEMORY_BATCH, case.batch)
-    x = case.x(batch)
-    run = prepared(contender, case, case.net(), x)
-    if contender == "bare":
-        case.net()(x[:1])  # buffers of the convolutions' library
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
-    before = _status("VmRSS")
-    timed(run)
-    return (_status("VmHWM") - before) / 1024 / batch
-
-
-def _status(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def report(name: str, found: dict[str, Any]) -> None:
@@ -290,6 +264,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help=f"of {', '.join((*CASES, *COSTLY))}, separated by commas")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="tiles; default: 32, volumes 4, ViT-B 8, on a GPU 256"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory, a process a contender")
     parser.add_argument("--json", default="", help="file for the raw figures")
@@ -303,7 +280,7 @@ def main() -> None:
     )
     found: dict[str, Any] = {}
     if torch.cuda.is_available():
-        found["gpu"] = on_gpu(args.rounds)
+        found["gpu"] = on_gpu(args.rounds, args.batch or 256)
     else:
         tier = field.tiers("fast", "cpu")[0]
         print(
@@ -311,7 +288,7 @@ def main() -> None:
             flush=True,
         )
         for name in [n for n in CASES if n in only]:
-            found[name] = compare(name, args.rounds, not args.no_memory)
+            found[name] = compare(name, args.rounds, args.batch, not args.no_memory)
             report(name, found[name])
         found["costly"] = costly(args.rounds, only)
         report_costly(found["costly"])

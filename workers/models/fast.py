@@ -197,6 +197,10 @@ def pairs(net: HookedNet, x: Tensor) -> tuple[Pair, ...]:
     class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Counts the operations that read a convolution's output, in whatever code they are."""
 
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False  # True, the default, imports the whole compiler: seconds, for what is never compiled
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             for leaf in _tensors((args, kwargs)):
                 if id(leaf) in reads:
