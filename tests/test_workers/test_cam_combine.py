@@ -208,6 +208,16 @@ class Homogeneous(nn.Module):
         return out
 
 
+@pytest.mark.parametrize(("ndim", "grid"), [(1, (23,)), (2, (18, 26)), (3, (9, 12, 14))])
+def test_the_map_lies_on_the_finest_layers_grid(ndim: int, grid: tuple[int, ...]) -> None:
+    name = "normgrad_layers+layers=relu-stem"
+    net, x = HookedNet(conv_net(ndim), "relu"), tiles(ndim)
+    found = explain(net, x, classes(3), [name]).maps[name]
+    assert found.shape == (4, 3, *grid)
+    assert method(name).cells(net, x.shape[1:], measure_cells(net, x.shape[1:])).shape == grid
+    assert (found > 0).any()
+
+
 def test_values_of_two_tiles_compare_unless_scaled_by_tile() -> None:
     x = tiles(2, batch=1)
     net, x = HookedNet(Homogeneous(), "last"), torch.cat([x, 2 * x])
