@@ -18,6 +18,7 @@ from workers.cam.eigen import eigencam
 from workers.cam.eigen_slide import gram_with_sums, on_direction, solve
 from workers.cam.explain import explain
 from workers.cam.method import Solved
+from workers.cam.methods import method
 from workers.cam.reduce import collect, reductions
 from workers.cam.reduce import solve as solve_method
 
@@ -186,6 +187,14 @@ def test_without_a_state_it_says_what_is_missing() -> None:
             explain(net, tiles(2), classes(3), [name])
     with pytest.raises(SpecError, match="nothing to sum"):
         collect(net, tiles(2), classes(3), ["gradcam"], [0])
+
+
+def test_what_is_centred_says_so() -> None:
+    plain, centred = (method(name).info for name in NAMES[:2])
+    assert not plain.signed
+    assert centred.signed
+    assert "centred over the image" in centred.edition
+    assert all("summed over all tiles" in method(name).info.edition for name in NAMES)
 
 
 def test_shapes_are_known_beforehand() -> None:

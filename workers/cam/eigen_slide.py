@@ -34,6 +34,18 @@ TILES_AT_ONCE = 8
 """Tiles whose cells are multiplied together: bounds what is held in float64."""
 
 
+class SlideOptions(EigenOptions):
+    """Options of the forms for a whole image."""
+
+    def facts(self) -> dict[str, Any]:
+        """Centred maps are signed."""
+        edition = (
+            "Gram matrix summed over all tiles in a pass of its own, channels centred over the image (pytorch-grad-cam: over a "
+            "tile), turned to go along with the sum over channels"
+        )
+        return {"signed": True, "edition": edition} if self.centred else {}
+
+
 def shapes(channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """K -> shapes of the sum `(K + 1, K + 1)` and of the state `(K + 1,)`."""
     return (channels + 1, channels + 1), (channels + 1,)
@@ -131,7 +143,7 @@ METHODS = (
         "eigencam_slide", "Eigen-CAM, one direction an image", _needs_the_image, "1",
         "Muhammad & Yeasin, Eigen-CAM, IJCNN 2020", signed=False,
         edition="uncentred (paper), Gram matrix summed over all tiles in a pass of its own, sum made positive",
-        needs=("activations", "slide_reduce"), class_specific=False, options=EigenOptions(),
+        needs=("activations", "slide_reduce"), class_specific=False, options=SlideOptions(),
         slide=Slide(
             shapes,
             collect=lambda view, rows, _: gram_with_sums(view.a, rows),
@@ -143,7 +155,7 @@ METHODS = (
         "eigengradcam_slide", "EigenGradCAM, one direction an image", _needs_the_image, "1",
         "Gildenblat and contributors, pytorch-grad-cam, 2021",
         edition="of A g, uncentred, Gram matrix summed over all tiles in a pass of its own, turned to go along with HiResCAM",
-        needs=(*GRADIENTS, "slide_reduce"), options=EigenOptions(),
+        needs=(*GRADIENTS, "slide_reduce"), options=SlideOptions(),
         slide=Slide(
             shapes,
             collect=lambda view, rows, _: gram_with_sums(view.a * view.g, rows),
