@@ -275,9 +275,6 @@ def main() -> None:
     only = args.only.split(",") if args.only else [*CASES, *COSTLY]
     if unknown := set(only) - {*CASES, *COSTLY}:
         parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join((*CASES, *COSTLY))}")
-    mp.get_context("forkserver").set_forkserver_preload(
-        [__name__ if __name__ != "__main__" else "tests.bench.cam"]
-    )
     found: dict[str, Any] = {}
     if torch.cuda.is_available():
         found["gpu"] = on_gpu(args.rounds, args.batch or 256)
