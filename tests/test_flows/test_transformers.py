@@ -106,6 +106,9 @@ def test_a_vit_is_explained_by_cams_and_by_its_attention(
             assert found.shape == (len(rows), *GRID)
             here = expected[method][:, target].numpy()
             np.testing.assert_allclose(found, here, rtol=0, atol=1e-4 * abs(here).max(), err_msg=method)
+    labels = [channel.label for channel in heatmap.info.channels]
+    assert labels[-2:] == ["doei:benign (reconstruction)", "doei:tumour (reconstruction)"]
+    assert {c.title for c in heatmap.info.channels[-2:]} == {"DOEI (reconstruction)"}
     evaluated = heatmap.coverage(0)[:] == Coverage.EVALUATED
     assert evaluated.any()
     values = values_of(heatmap)

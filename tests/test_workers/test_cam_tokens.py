@@ -27,7 +27,7 @@ from tests.test_workers.tiny_transformers import (
     tiny_vit,
     vit_tiles,
 )
-from workers.cam.capture import HookedNet
+from workers.cam.capture import HookedNet, PairNet
 from workers.cam.explain import explain
 from workers.cam.geometry import measure_cells
 from workers.cam.reach import check_tokens
@@ -319,3 +319,37 @@ def test_a_model_is_left_as_found() -> None:
     assert before == after
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
     assert isinstance(net, nn.Module)
+
+
+class Trunk(nn.Module):
+    def __init__(self, net: TinyViT) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.net.embed(x).flatten(2).mT + self.net.position
+        t = torch.cat([self.net.extra.expand(len(t), -1, -1), t], 1)
+        return self.net.blocks[1](self.net.blocks[0](t))  # type: ignore[no-any-return]
+
+
+class Tail(nn.Module):
+    def __init__(self, net: TinyViT) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.net.fc(self.net.norm(self.net.blocks[2](t))[:, 0])  # type: ignore[no-any-return]
+
+
+def test_a_network_in_two_parts_is_cut_at_tokens() -> None:
+    net, x = tiny_vit(), vit_tiles()
+    pair = PairNet(Trunk(net), Tail(net), "cut", tokens=TOKENS)
+    hooked = HookedNet(net, "blocks.1", tokens=TOKENS)
+    check_tokens(pair, x, pair.forward(x))
+    assert pair.arrangement(x) == hooked.arrangement(x)
+    found, expected = (explain(n, x, classes(3), ["gradcam", "layercam"]) for n in (pair, hooked))
+    for name, maps in found.maps.items():
+        assert torch.equal(maps, expected.maps[name])
+    rows = torch.tensor([2, 0, 2, 1])
+    a = pair.trunk(x)
+    torch.testing.assert_close(pair.tail(a[rows], x, rows), net(x)[rows])

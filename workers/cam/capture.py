@@ -50,6 +50,15 @@ class SplitNet(Protocol):
         """What its output means. `take` is done; `Batch` and `View.y` do the reading."""
         ...
 
+    @property
+    def tokens(self) -> TokenLayout:
+        """What is said of how the layer's output lies."""
+        ...
+
+    def arrangement(self, x: Tensor) -> Arrangement:
+        """How the layer's output lies for input like `x` `(B, C_in, *S)`."""
+        ...
+
     def trunk(self, x: Tensor) -> Tensor:
         """Input `(B, C_in, *S)` -> activations `(B, K, *grid)`, no graph."""
         ...
@@ -266,29 +275,52 @@ class PairNet:
         Name of the place of the cut, for messages.
     readout
         What the tail's output means.
+    tokens
+        How the activations lie where they are no `(B, K, *grid)`, as for `HookedNet`.
     """
 
-    def __init__(self, trunk: nn.Module, tail: nn.Module, layer: str, readout: Readout | None = None) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        tail: nn.Module,
+        layer: str,
+        readout: Readout | None = None,
+        tokens: TokenLayout = AS_FOUND,
+    ) -> None:
         self.module = nn.ModuleDict({"trunk": trunk, "tail": tail})
         self.layer = layer
         self.readout: Readout = readout or Scores()
+        self.tokens = tokens
 
     def trunk(self, x: Tensor) -> Tensor:
-        return self._head(x)[0]
+        output, _ = self._head(x)
+        return self._fit(output, x).encode(output)
 
     def tail(self, activations: Tensor, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        _, carried = self._head(x)
+        output, carried = self._head(x)
         if carried and rows is not None:
-            _, carried = self._head(x[rows])
+            output, carried = self._head(x[rows])
+        elif rows is not None:
+            output = output[rows]
+        given = self._fit(output, x).decode(activations.clone(), output)
         with frozen(self.module):
-            return self.readout.take(self.module["tail"](activations.clone(), *carried), len(activations))
+            return self.readout.take(self.module["tail"](given, *carried), len(activations))
 
     def forward(self, x: Tensor, *, differentiable: bool = True) -> Split:
         output, carried = self._head(x)
-        leaf = checked_activations(output.requires_grad_(differentiable), x, self.layer)
+        lies = self._fit(output, x)
+        leaf = lies.encode(output).clone().requires_grad_(differentiable)
+        checked_activations(leaf, x, self.layer)
         with frozen(self.module):
-            scores = self.module["tail"](leaf.clone(), *carried)
+            scores = self.module["tail"](lies.decode(leaf.clone(), output), *carried)
         return Split(leaf, self.readout.take(scores, len(x)))
+
+    def arrangement(self, x: Tensor) -> Arrangement:
+        """How the activations lie for input like `x` `(B, C_in, *S)`."""
+        return self._fit(self._head(x)[0], x)
+
+    def _fit(self, output: Tensor, x: Tensor) -> Arrangement:
+        return self.tokens.fit(output.shape, x.shape[2:], self.layer)
 
     def end_to_end(self, x: Tensor) -> Tensor:
         with frozen(self.module):

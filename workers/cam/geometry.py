@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from schemas.explanation import CellGeometry
-from workers.cam.capture import HookedNet, SplitNet
+from workers.cam.capture import SplitNet
 
 REGULAR_PX = 0.02
 """Cells further than this share of a stride from an even spacing are not called regular."""
@@ -53,7 +53,7 @@ def measure_cells(net: SplitNet, input_shape: Sequence[int]) -> CellGeometry:
     device = next((p.device for p in net.module.parameters()), torch.device("cpu"))
     x = torch.zeros(2, channels, *tile, device=device)
     shape = tuple(net.trunk(x).shape[2:])
-    tokens = isinstance(net, HookedNet) and net.arrangement(x).layout != "channels_first"
+    tokens = net.arrangement(x).layout != "channels_first"
     if len(shape) == len(tile) >= 2 and not tokens:
         # On a small tile a deep layer has one cell and no stride: a larger input has the same stride and first centre.
         # An operation that hides positions does so at any size (and a volume 64 times as large is not tried for nothing).

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from workers.cam.capture import Split, SplitNet
 from workers.cam.readout import Readout
+from workers.cam.tokens import Arrangement, TokenLayout
 
 
 class NoisyNet:
@@ -39,6 +40,13 @@ class NoisyNet:
     @property
     def readout(self) -> Readout:
         return self.net.readout
+
+    @property
+    def tokens(self) -> TokenLayout:
+        return self.net.tokens
+
+    def arrangement(self, x: Tensor) -> Arrangement:
+        return self.net.arrangement(x)
 
     def trunk(self, x: Tensor) -> Tensor:
         return self.net.trunk(x)

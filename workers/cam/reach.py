@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.errors import ModelError
-from workers.cam.capture import HookedNet, Split, frozen, plain
+from workers.cam.capture import HookedNet, Split, SplitNet, frozen, plain
 from workers.cam.gradient import cancels
 from workers.cam.tokens import Arrangement, looks_channels_last
 from workers.cam.view import full
@@ -23,7 +23,7 @@ NAMED = 2
 """Layers named instead of one that does not work."""
 
 
-def check_tokens(net: HookedNet, x: Tensor, split: Split) -> None:
+def check_tokens(net: SplitNet, x: Tensor, split: Split) -> None:
     """Refuse a layer whose layout is doubtful, or whose patches nothing reads.
 
     Parameters
@@ -46,7 +46,7 @@ def check_tokens(net: HookedNet, x: Tensor, split: Split) -> None:
     if lies.layout == "channels_first":
         if not net.tokens.layout and looks_channels_last(shape, x.shape[2:]):
             msg = (
-                f"layer {net.layer!r} gives shape {shape}: as (tiles, channels, *grid) it parts the tile unevenly, as (tiles, *grid, "
+                f"the layer gives shape {shape}: as (tiles, channels, *grid) it parts the tile unevenly, as (tiles, *grid, "
                 "channels) evenly. Write in the card's [cam] layout = 'channels_last' (usual inside Swin), or "
                 "layout = 'channels_first' if it is so after all"
             )
@@ -55,10 +55,11 @@ def check_tokens(net: HookedNet, x: Tensor, split: Split) -> None:
     gradient = net.grad(mixed(split.scores), split.activations, retain=True)
     if bool((gradient != 0).any()):
         return
-    names = working_layers(net, x, lies)
+    names = working_layers(net, x, lies) if isinstance(net, HookedNet) else []
     advice = " or ".join(repr(n) for n in names[:NAMED]) or "a layer before the last attention"
+    name = f"{net.layer!r} " if isinstance(net, HookedNet) else ""
     msg = (
-        f"no score depends on the patch tokens of layer {net.layer!r} (their gradient is exactly zero): what follows reads only "
+        f"no score depends on the patch tokens of the layer {name}(their gradient is exactly zero): what follows reads only "
         f"the class token. Name a layer from which patches still reach it, such as {advice}"
     )
     raise ModelError(msg)

@@ -172,6 +172,7 @@ def _program(loaded: LoadedCard, layer: str, tile: tuple[int, ...], device: torc
         check_digest(tail, spec.tail_sha256)
         net = load_scripted_pair(trunk, tail, layer, make_readout(loaded))
     net.module.requires_grad_(False).to(device)
+    net.tokens = _tokens(loaded.card.cam, layer)
     return net
 
 
@@ -195,8 +196,7 @@ def _preflight(net: SplitNet, card: ModelCard, tile: tuple[int, ...], device: to
             "feature map, or say in the card's [cam] how its tokens lie (layout, prefix_tokens, token_grid)"
         )
         raise ModelError(msg)
-    if isinstance(net, HookedNet):
-        check_tokens(net, x.reshape(shape), split)
+    check_tokens(net, x.reshape(shape), split)
     reading = net.readout.reading(split.scores.detach())
     with torch.enable_grad():
         scores = reading(split.scores)
