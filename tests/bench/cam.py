@@ -23,15 +23,15 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from tests.bench import contenders as field
-from tests.bench.contenders import CASES, Case, Run, contenders, difference, pgc, prepared
+from tests.bench.contenders import CASES, TARGET, Case, Run, bare, contenders, difference, pgc, prepared
 from tests.bench.memory import peak_memory
+from tests.parity.gradcam_library import pytorch_grad_cam
 from workers.cam.capture import HookedNet
 from workers.cam.eigen import eigencam
 from workers.cam.explain import explain
 from workers.cam.score import constant_channels
 from workers.cam.targets import ResolvedTarget
-from workers.models.fast import accelerate
+from workers.models.fast import accelerate, tiers
 
 COSTLY = ("eigen", "ablation", "score")
 
@@ -88,11 +88,7 @@ def tail_share(case: Case) -> float:
     """Share of the multiplications that come after the explained layer."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    net = HookedNet(
-        case.net(),
-        case.layer,
-        tokens=field.TokenLayout("tokens", 1, (14, 14)) if case.tokens else field.TokenLayout(),
-    )
+    net = HookedNet(case.net(), case.layer, tokens=case.tokens)
     counts = []
     for part in (net.trunk, net.module):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -140,7 +136,7 @@ def bound(found: dict[str, Any]) -> float:
 def costly(rounds: int, which: list[str]) -> dict[str, Any]:
     """Methods that the field runs the network for, once a channel."""
     found: dict[str, Any] = {}
-    target = [ResolvedTarget(str(field.TARGET), field.TARGET)]
+    target = [ResolvedTarget(str(TARGET), TARGET)]
 
     def mine(case: Case, x: Tensor, method: str) -> Run:
         split = HookedNet(case.net().requires_grad_(False), case.layer)
@@ -162,7 +158,7 @@ def costly(rounds: int, which: list[str]) -> dict[str, Any]:
 
     if "eigen" in which:
         a = torch.randn(4, 2048, 7, 7, generator=torch.Generator().manual_seed(0)).relu()
-        library = field.pytorch_grad_cam()
+        library = pytorch_grad_cam()
         project = library.utils.svd_on_activations.get_2d_projection
         runs: dict[str, Run] = {
             "ours": lambda: eigencam(a.flatten(2), centred=True)[0],
@@ -211,16 +207,15 @@ def on_gpu(rounds: int, batch: int = 256) -> dict[str, Any]:
     for name in ("resnet50", "vit-b"):
         case = CASES[name]
         x = case.x(batch).cuda()
-        layout = field.TokenLayout("tokens", 1, (14, 14)) if case.tokens else field.TokenLayout()
-        target = [ResolvedTarget(str(field.TARGET), field.TARGET)]
+        target = [ResolvedTarget(str(TARGET), TARGET)]
         runs: dict[str, Run] = {}
         for compiled in (False, True):
-            net = HookedNet(case.net().cuda().requires_grad_(False), case.layer, tokens=layout)
+            net = HookedNet(case.net().cuda().requires_grad_(False), case.layer, tokens=case.tokens)
             accelerate(net, "fast-bf16", x[:2])
             if compiled:
                 compile_blocks(net)
             suffix = ", compiled" if compiled else ""
-            runs["bare" + suffix] = partial(_synchronised, field.bare(net.module, case, x))
+            runs["bare" + suffix] = partial(_synchronised, bare(net.module, case, x))
             runs["ours" + suffix] = partial(_synchronised, partial(_maps, net, x, target))
         seconds, _ = in_turn(runs, rounds)
         found[name] = seconds
@@ -255,7 +250,7 @@ def compile_blocks(net: HookedNet) -> None:
             if inside or isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict):
                 visit(child)
             else:
-                child.forward = torch.compile(child.forward)  # type: ignore[method-assign]
+                child.forward = torch.compile(child.forward)
 
     visit(net.module)
 
@@ -279,7 +274,7 @@ def main() -> None:
     if torch.cuda.is_available():
         found["gpu"] = on_gpu(args.rounds, args.batch or 256)
     else:
-        tier = field.tiers("fast", "cpu")[0]
+        tier = tiers("fast", "cpu")[0]
         print(
             f"{args.threads} threads, Python {platform.python_version()}, torch {torch.__version__}, fast = {tier}",
             flush=True,

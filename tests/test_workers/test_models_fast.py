@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from schemas.errors import ModelError
 from schemas.explanation import Precision
@@ -52,7 +54,8 @@ class Block(nn.Module):
             case "written":
                 y.add_(1.0)
                 z = z + y
-        return self.fc(self.relu(z).mean((2, 3)))
+        scores: Tensor = self.fc(self.relu(z).mean((2, 3)))
+        return scores
 
 
 def tiles(n: int = 2) -> Tensor:
@@ -110,10 +113,9 @@ def test_a_pair_that_changes_the_network_is_left(monkeypatch: pytest.MonkeyPatch
     )  # fmt: skip
     net = lively(net).eval().requires_grad_(False)
     expected = net(tiles())
-    right = fast.fuse_conv_bn_weights
 
-    def wrong_for_the_first(weight: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        w, b = right(weight, *rest)
+    def wrong_for_the_first(weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        w, b = fuse_conv_bn_weights(weight, *rest)
         return (w * 1.01, b) if weight.shape[1] == 2 else (w, b)
 
     monkeypatch.setattr(fast, "fuse_conv_bn_weights", wrong_for_the_first)
@@ -184,7 +186,8 @@ def test_a_network_that_loses_too_much_is_refused() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
-            return self.fc(((1000 + y) - 1000).mean((2, 3)))
+            scores: Tensor = self.fc(((1000 + y) - 1000).mean((2, 3)))
+            return scores
 
     net = lively(Cancels()).eval().requires_grad_(False)
     with pytest.raises(ModelError, match="scores differ from those of fp32"):
