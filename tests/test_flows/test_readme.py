@@ -208,9 +208,11 @@ def test_prefect_deployment(prefect_session: str, monkeypatch: pytest.MonkeyPatc
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_methods_are_those_there_are() -> None:
+def test_the_methods_shown_are_those_there_are() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", TEXT, re.MULTILINE)
-    assert [name for name, _, _ in rows] == list(METHODS)
+    names = [name for name, _, _ in rows]
+    assert len(names) > 5
+    assert set(names) <= set(METHODS)
     for name, title, meaning in rows:
         info = METHODS[name].info
         assert title.startswith(info.title)
@@ -222,7 +224,7 @@ def test_the_methods_are_those_there_are() -> None:
 def test_pictures_and_files_named_exist() -> None:
     (picture,) = re.findall(r"!\[.+?\]\((.+?)\)", TEXT)
     assert 10_000 < (ROOT / picture).stat().st_size < 400_000
-    for name in ("deploy/constraints.txt", "deploy/prefect.yaml", "CHANGELOG.md", "LICENSE"):
+    for name in ("deploy/constraints.txt", "deploy/guide/methods.md", "deploy/prefect.yaml", "CHANGELOG.md", "LICENSE"):
         assert (ROOT / name).exists()
     for example in ("Dockerfile", "compose.yaml", "kuberay", "slurm", "decisions"):
         assert (ROOT / "deploy" / example).exists()
