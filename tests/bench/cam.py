@@ -89,12 +89,12 @@ def tail_share(case: Case) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     net = HookedNet(case.net(), case.layer, tokens=case.tokens)
-    counts = []
+    counts: list[float] = []
     for part in (net.trunk, net.module):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             part(case.x(1))
         counts.append(counter.get_total_flops())
-    return 1 - counts[0] / counts[1]
+    return 1.0 - counts[0] / counts[1]
 
 
 def report(name: str, found: dict[str, Any]) -> None:

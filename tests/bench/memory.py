@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import multiprocessing as mp
+import os
 from pathlib import Path
 
 import torch
@@ -15,7 +17,12 @@ BATCH = 8
 
 
 def peak_memory(case: str, contender: str) -> float:
-    """MiB a tile that one call of a contender adds to the resident memory of a fresh process, at its highest."""
+    """MiB a tile that one call of a contender adds to the resident memory of a process of its own, at its highest.
+
+    Of its second call: the first fills caches and, with us, proves the head.
+    """
+    # Tensors get pages of their own and give them back: else what an earlier call freed would hide the next.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imports are done once
     with context.Pool(1) as pool:
@@ -26,13 +33,12 @@ def _peak(name: str, contender: str) -> float:
     torch.set_num_threads(1)
     case = CASES[name]
     x = case.x(min(BATCH, case.batch))
-    net = case.net()
-    with torch.no_grad():
-        net(x[:1])  # what the convolutions' library keeps for good
-    run = prepared(contender, case, net, x)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here (Linux)
-    before = _status("VmRSS")
+    run = prepared(contender, case, case.net(), x)
     with contextlib.redirect_stderr(io.StringIO()):
+        run()
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here (Linux)
+        before = _status("VmRSS")
         run()
     return (_status("VmHWM") - before) / 1024 / len(x)
 
