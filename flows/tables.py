@@ -92,7 +92,7 @@ def demo_table(title: str, scores: Scores, trust: Sequence[Trust]) -> Table:
     """How well each method found what was planted, and how far it can be trusted; what is no method comes last."""
     questions = list(next(iter(scores.values())))
     table = Table(title=title, title_justify="left", box=None)
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", max_width=24, overflow="fold")
     for column in (*questions, "s / 1,000 tiles", "class sensitivity", "SSIM under noise"):
         table.add_column(column, justify="right")
     labels = {label.rpartition(":")[0]: label for label in scores if ":" in label}
