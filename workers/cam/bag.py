@@ -1,25 +1,30 @@
 """A bag of tile features and the head that reads it, as bag methods see them; what is expensive is computed once.
 
-Two kinds of head. Where the logits are a softmax-weighted sum of one number a tile (`BagParts` with `energies`), everything a
-method asks, gradients included, is `(N, C)` numbers and one pass over the features in chunks: 100,000 float16 features
-never become float32 at once. Any other head sees its whole bag, in its own precision, one bag at a time.
+Two kinds of head. Where the logits are a softmax-weighted sum of one number a tile and class (`BagParts` with `energies`), all that a
+method asks comes from `(N, C)` numbers and passes over the features in chunks: 100,000 float16 features are never
+float32 at once. Any other head sees its whole bag, one bag at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from schemas.errors import ModelError
+from workers.cam.bag_sums import Sums
 from workers.cam.capture import frozen
 
-CHUNK = 8192
-"""Tiles whose features are in the head's precision at once."""
+CHUNK = 4096
+"""Tiles whose features are in the head's precision at once, where the head lets the bag be read in chunks."""
+AT_ONCE = 2**24
+"""Numbers of features in bags that run through the head together."""
+PROOF = 48
+"""Tiles on which the form that a head claims is held against its forward pass."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +50,231 @@ class BagParts:
 class BagView:
     """A bag and the targets it is explained for.
 
-    Attributes
+    Parameters
     ----------
     head
-        `head(h (N, D)) -> logits (C,)`; `attention(h)` and `parts(h)` where it has them.
+        `head(h (N, D)) -> logits (C,)`, in eval mode a function of the features alone. Where it has them:
+        `attention(h) -> (G, N)`, `parts(h) -> BagParts`, `instance_logits(h) -> (N, C)`.
     h
-        `(N, D)` features in any precision, as they were predicted from.
+        `(N, D)` features in any precision, those and in the order that the bag was predicted from.
     targets
         `(T, C)`: target t is the scalar `logits @ targets[t]`.
-    seed
-        Of methods that use noise.
+
+    Raises
+    ------
+    ModelError
+        An empty bag; features that the head cannot read; parts that are not those of the head's forward pass.
     """
 
-    def __init__(self, head: nn.Module, h: Tensor, targets: Tensor, seed: int = 0) -> None:
+    def __init__(self, head: nn.Module, h: Tensor, targets: Tensor) -> None:
         if h.ndim != 2 or not len(h):
-            msg = f"the bag has features of shape {tuple(h.shape)}; expected (tiles, numbers a tile) with at least one tile"
+            msg = f"the bag has features of shape {tuple(h.shape)}; expected (tiles, numbers a tile), at least one tile"
             raise ModelError(msg)
+        like = next(head.parameters(), torch.empty(0))
         self.head = head
         self.h = h.detach()
-        like = next(head.parameters(), torch.empty(0))
         self.dtype = like.dtype
         self.device = like.device
         self.targets = targets.to(self.device, self.dtype)
-        self.seed = seed
+        self.wide = self.targets.double()
+
+    def __len__(self) -> int:
+        return len(self.h)
+
+    @cached_property
+    def sums(self) -> Sums | None:
+        """Energies and evidence of every tile, where any part of the bag is a sum over its tiles; else None."""
+        if not hasattr(self.head, "parts") or self._proved().energies is None:
+            return None
+        return self._read(1.0, None, slopes=False)[0]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """`(C,)` float64: what the head says of the bag."""
+        return self.sums.logits if self.sums is not None else self.forward(self.h)
+
+    @cached_property
+    def parts(self) -> BagParts | None:
+        """Those of the whole bag, where the head has parts."""
+        if not hasattr(self.head, "parts"):
+            return None
+        self._proved()
+        with frozen(self.head), torch.no_grad():
+            found: BagParts = self.head.parts(self._cast(self.h))
+        return found
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Logits `(C,)` float64 of another bag `(n, D)`."""
+        with frozen(self.head), torch.no_grad():
+            found: Tensor = self.head(self._cast(h))
+        return found.double()
+
+    def forwards(self, bags: Iterator[Tensor]) -> Tensor:
+        """Logits `(B, C)` float64 of bags `(n, D)` of one size, several at once where the head allows it."""
+        done, some = [], []
+        for bag in bags:
+            some.append(bag)
+            if len(some) * bag.numel() >= AT_ONCE:
+                done.append(self._together(some))
+                some = []
+        if some:
+            done.append(self._together(some))
+        return torch.cat(done)
+
+    def slope(self, at: float = 1.0, baseline: Tensor | None = None) -> Tensor:
+        """How the targets rise with each tile's own way along the line from a baseline to its features.
+
+        Parameters
+        ----------
+        at
+            Where on the line all tiles are: 0 at the baseline, 1 at the features.
+        baseline
+            Broadcasts to `(N, D)`; None: zeros.
+
+        Returns
+        -------
+        Tensor
+            `(N, T)` float64: gradient of target t with respect to the features of tile i, times `h_i - baseline`.
+        """
+        if self.sums is not None:
+            sums, d_energies, d_evidence = self._read(at, baseline, slopes=True)
+            a = sums.attention
+            rise = a * (d_energies * (sums.evidence - sums.mean) + d_evidence)
+            return rise @ self.wide.T
+        start = torch.zeros_like(self.h[:1]) if baseline is None else baseline.to(self.h)
+        x = start + at * (self.h - start)
+        way = self._cast(self.h) - self._cast(start)
+        return torch.stack([(way * self._gradient(x, t)).double().sum(1) for t in self.targets], dim=1)
+
+    def gradient(self, target: int) -> Tensor:
+        """`(N, D)` gradient of one target with respect to the features, in the head's precision."""
+        if self.sums is None:
+            return self._gradient(self.h, self.targets[target])
+        sums, w = self.sums, self.wide[target]
+        to_evidence = (sums.attention * w).to(self.dtype)
+        to_energies = (sums.attention * (sums.evidence - sums.mean) * w).to(self.dtype)
+        found = torch.empty(self.h.shape, dtype=self.dtype, device=self.device)
+        with frozen(self.head):
+            for rows, x in self._chunks(self.h):
+                leaf = x.requires_grad_()
+                energies, evidence = self._numbers(leaf)
+                y = (energies * to_energies[rows]).sum() + (evidence * to_evidence[rows]).sum()
+                found[rows] = _backward(y, leaf)
+        return found
+
+    def _gradient(self, h: Tensor, target: Tensor) -> Tensor:
+        with frozen(self.head):
+            leaf = self._cast(h).clone().requires_grad_()
+            return _backward(self.head(leaf) @ target, leaf)
+
+    def _read(self, at: float, baseline: Tensor | None, *, slopes: bool) -> tuple[Sums, Tensor, Tensor]:
+        """Numbers of every tile at a point of the line, and (if `slopes`) their derivatives along it."""
+        found: list[tuple[Tensor, ...]] = []
+        start = None if baseline is None else self._cast(baseline)
+        with frozen(self.head), torch.no_grad():
+            for rows, way in self._chunks(self.h):
+                x = way
+                if start is not None:
+                    origin = start[rows] if start.shape[:-1] == self.h.shape[:1] else start
+                    way = way - origin
+                    x = origin + at * way
+                elif at != 1:
+                    x = at * way
+                if slopes:
+                    values, rises = torch.func.jvp(self._numbers, (x,), (way,))
+                    found.append(tuple(v.double() for v in (*values, *rises)))
+                else:
+                    found.append(tuple(v.double() for v in self._numbers(x)))
+            bias = self.head.parts(x[:1]).bias.double()
+        energies, evidence, *rest = (torch.cat(some) for some in zip(*found, strict=True))
+        rises = tuple(rest) or (energies.new_zeros(0), energies.new_zeros(0))
+        return Sums(energies, evidence, bias), rises[0], rises[1]
+
+    def _numbers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies and evidence `(n, C)` each, of some tiles' features."""
+        parts: BagParts = self.head.parts(x)
+        assert parts.energies is not None
+        evidence = parts.values @ parts.weight.T
+        return parts.energies.T.expand_as(evidence), evidence
+
+    def _chunks(self, h: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for first in range(0, len(h), CHUNK):
+            rows = slice(first, first + CHUNK)
+            yield rows, self._cast(h[rows]).clone()
+
+    def _cast(self, h: Tensor) -> Tensor:
+        return h.to(self.device, self.dtype)
+
+    def _proved(self) -> BagParts:
+        """Parts of the first tiles, held against the forward pass and against those of fewer tiles."""
+        h = self._cast(self.h[:PROOF])
+        few = h[: max(1, len(h) // 2)]
+        with frozen(self.head), torch.no_grad():
+            said, parts, of_few = self.head(h), self.head.parts(h), self.head.parts(few)
+        evidence = parts.values @ parts.weight.T
+        terms = parts.attention.T * evidence
+        size = terms.abs().sum(0) + parts.bias.abs() + 1e-30
+        tolerance = 1e3 * torch.finfo(self.dtype).eps
+        same = bool(((terms.sum(0) + parts.bias - said).abs() <= tolerance * size).all())
+        if same and parts.energies is not None:
+            alone = of_few.values @ of_few.weight.T
+            near = {"rtol": 10 * tolerance, "atol": 10 * tolerance * float(evidence.abs().max())}
+            same = torch.allclose(parts.energies.softmax(1), parts.attention, rtol=tolerance, atol=1e-30)
+            same = same and torch.allclose(evidence[: len(few)], alone, **near)
+            near["atol"] = 10 * tolerance * float(parts.energies.abs().max())
+            same = same and torch.allclose(parts.energies[:, : len(few)], of_few.energies, **near)
+        if not same and bool(said.isfinite().all()):
+            msg = (
+                f"{type(self.head).__name__}: parts() is not what forward() computes; its sum over tiles must be the logits, "
+                "and energies be given only where a tile's numbers do not depend on the others"
+            )
+            raise ModelError(msg)
+        return parts  # type: ignore[no-any-return]
+
+    def _together(self, bags: list[Tensor]) -> Tensor:
+        with frozen(self.head), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says where it is slow
+            if len(bags) > 1 and self._batches:
+                return torch.func.vmap(self.head)(self._cast(torch.stack(bags))).double()
+            return torch.stack([self.head(self._cast(bag)) for bag in bags]).double()
+
+    @cached_property
+    def _batches(self) -> bool:
+        """Whether the head gives the same for bags run together as for each alone; tried on the first tiles."""
+        few = self._cast(self.h[:PROOF])
+        pair = torch.stack([few, few.flip(0)])
+        try:
+            both = torch.func.vmap(self.head)(pair)
+        except RuntimeError:  # what the head does to a bag hangs on its values
+            return False
+        alone = torch.stack([self.head(bag) for bag in pair])
+        return torch.allclose(both, alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
+
+
+def bag_gradient(head: nn.Module, h: Tensor, target: Tensor) -> Tensor:
+    """How one number of the bag rises with the features of each tile: what makes a tile's CAM one of the slide's logit.
+
+    With `v_i` from here, a CAM of the encoder with target `<v_i, enc(x_i)>` (`workers.cam.targets.TileTarget`) is the
+    same as one through encoder and head, by the chain rule.
+
+    Parameters
+    ----------
+    head, h
+        As in `BagView`.
+    target
+        `(C,)`: the number is `logits @ target`.
+
+    Returns
+    -------
+    Tensor
+        `(N, D)` in the head's precision.
+    """
+    return BagView(head, h, target[None]).gradient(0)
+
+
+def _backward(y: Tensor, leaf: Tensor) -> Tensor:
+    if not y.requires_grad:
+        msg = "the bag's logits do not depend on the features: the head detaches them, or runs in inference mode"
+        raise ModelError(msg)
+    (gradient,) = torch.autograd.grad(y, leaf)
+    return gradient
