@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from schemas.errors import ModelError
-from schemas.explanation import Precision
+from schemas.explanation import AskedPrecision, Precision
+from schemas.model import ModelFacts
+from tests.test_workers.test_models_loading import card, dense, saved
 from tests.test_workers.tiny_networks import conv_net, lively, monai_networks
 from workers.cam.capture import HookedNet, PairNet
 from workers.cam.explain import explain
 from workers.cam.targets import ResolvedTarget
 from workers.models import fast
+from workers.models.facts import model_facts
 from workers.models.fast import accelerate, fold, pairs, tiers
 
 RANK, L2 = 0.99, 2e-2
@@ -201,3 +205,19 @@ def test_fast_is_settled_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
     assert tiers("fast", "cpu") == ("fast-bf16", "fast-fp32")
     assert tiers("fast-bf16", "cpu") == ("fast-bf16",)
     assert tiers("fp32", "cpu") == ("fp32",)
+
+
+def test_the_tier_of_a_network_is_a_fact_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = card(tmp_path, saved(tmp_path, dense()))
+
+    def facts(asked: AskedPrecision) -> ModelFacts:
+        return model_facts(loaded, "features", (), ("gradcam",), precision=asked)
+
+    exact = facts("fp32")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert facts("fast") == exact.model_copy(update={"precision": "fast-bf16"})
+    # What bfloat16 cannot run is run in float32.
+    monkeypatch.setitem(fast.CLOSE, torch.bfloat16, 1e-9)
+    assert facts("fast").precision == "fast-fp32"
+    with pytest.raises(ModelError, match="--precision fast-bf16: activations differ"):
+        facts("fast-bf16")
