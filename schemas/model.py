@@ -275,11 +275,18 @@ class BagSpec(Frozen):
     """`[bag]`: the head over a bag of tiles (MIL models only)."""
 
     head: str
+    """`mean`, `max`, `abmil`, `abmil_gated`, `clam_sb`, `clam_mb`, `dsmil`, `transmil`, `additive` or `linear`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Of the head, beyond its features and classes."""
     weights: str
+    """Path relative to the card: safetensors, or a `torch.save` state dict that loads with `weights_only`."""
     sha256: Sha256
     features: int = Field(ge=1)
+    """Numbers a tile that the head reads."""
     order: Literal["any", "row_col"] = "any"
+    """Whether the head must be given its tiles sorted by (row, column)."""
     encoder_digest: Sha256 | Literal[""] = ""
+    """Of the encoder that the head was trained on."""
 
 
 class ModelCard(Frozen):
@@ -295,6 +302,11 @@ class ModelCard(Frozen):
     output: OutputSpec
     cam: CamLayer
     bag: BagSpec | None = None
+
+    @property
+    def tile_output(self) -> OutputSpec:
+        """What the network says of one tile: under a bag head, its embedding; `output` is then the head's."""
+        return self.output if self.bag is None else OutputSpec(kind="embedding")
 
 
 class ModelFacts(Frozen):

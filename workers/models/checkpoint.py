@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -33,7 +33,14 @@ def check_digest(path: Path, sha256: str) -> None:
         raise ModelError(msg)
 
 
-def load_weights(module: nn.Module, path: Path, sha256: str) -> None:
+def load_weights(
+    module: nn.Module,
+    path: Path,
+    sha256: str,
+    *,
+    adapt: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+    said_by: str = "[network] name and args",
+) -> None:
     """Load a state dict strictly into `module`, after checking the file's digest.
 
     Parameters
@@ -45,6 +52,10 @@ def load_weights(module: nn.Module, path: Path, sha256: str) -> None:
         `module.` that all keys carry is removed.
     sha256
         Expected digest, hex.
+    adapt
+        From the file's names to the network's, where a published layout differs; what it does not know it leaves.
+    said_by
+        What of the card says what the network is.
 
     Raises
     ------
@@ -52,9 +63,10 @@ def load_weights(module: nn.Module, path: Path, sha256: str) -> None:
         Other digest, unsafe or unreadable file, missing, unexpected or misshapen entries.
     """
     check_digest(path, sha256)
-    state = _read(path)
+    state: Mapping[str, Tensor] = _read(path)
     if state and all(k.startswith("module.") for k in state):
         state = {k.removeprefix("module."): v for k, v in state.items()}
+    state = adapt(state)
     wanted = module.state_dict()
     complaints = [
         _listed("missing", [k for k in wanted if k not in state]),
@@ -71,7 +83,7 @@ def load_weights(module: nn.Module, path: Path, sha256: str) -> None:
     if any(complaints):
         msg = (
             f"{path}: the weights do not fit {type(module).__name__}: {'; '.join(c for c in complaints if c)}. Check "
-            "[network] name and args against how the weights were trained"
+            f"{said_by} against how the weights were trained"
         )
         raise ModelError(msg)
     module.load_state_dict(dict(state), strict=True)
