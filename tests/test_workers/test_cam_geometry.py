@@ -184,6 +184,36 @@ def test_measuring_leaves_the_network_as_it_was() -> None:
     assert all(m.training for m in net.modules())
 
 
+class Gated(nn.Module):
+    """Strided convolutions and a squeeze-and-excitation gate of linear layers, in half precision by its own cast."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1)).to(dtype)
+        self.gate, self.out = nn.Linear(4, 4).to(dtype), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x.to(self.dtype))
+        out: Tensor = self.out(y * self.gate(y.mean((2, 3))).sigmoid()[..., None, None])
+        return out.mean((2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_moves_no_cell(dtype: torch.dtype) -> None:
+    """Coordinates would be rounded to whole pixels: no even grid is found, or another one."""
+    net = Gated(dtype)
+    before = {k: (v.data_ptr(), v.clone()) for k, v in net.state_dict().items()}
+    found = measure_cells(HookedNet(net, "out"), (1, 192, 256))
+    assert all(
+        v.data_ptr() == before[k][0] and v.dtype == dtype and torch.equal(v, before[k][1])
+        for k, v in net.state_dict().items()
+    )
+    assert found == CellGeometry(
+        shape=(48, 64), cell_px=(4, 4), first_centre_px=(0.5, 0.5), source="receptive_field"
+    )
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

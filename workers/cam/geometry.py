@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,7 +87,7 @@ def _measure(
     fields = [torch.ones(size, device=device), *torch.meshgrid(*axes, indexing="ij")]
     x = torch.stack(fields)[:, None].expand(-1, channels, *size).contiguous()
     try:
-        with _Shadow(len(size)):
+        with _lifted(net.module), _Shadow(len(size)):
             out = net.trunk(x)
     except _HiddenError:
         raise
@@ -110,10 +110,27 @@ def _measure(
     return tuple(cell), tuple(first)
 
 
+@contextlib.contextmanager
+def _lifted(module: nn.Module) -> Iterator[None]:
+    """Half-precision parameters and buffers as float32 inside, the very tensors outside.
+
+    In half precision coordinates would be rounded to whole pixels and more. Not for concurrent calls on one module.
+    """
+    found = {t: t.data for t in (*module.parameters(), *module.buffers()) if t.dtype in _HALVES}
+    try:
+        for t, data in found.items():
+            t.data = data.float()
+        yield
+    finally:
+        for t, data in found.items():
+            t.data = data
+
+
 class _HiddenError(Exception):
     """An operation through which a position cannot be followed."""
 
 
+_HALVES = frozenset({torch.float16, torch.bfloat16})
 _IDENTITY = frozenset({
     "relu", "relu6", "leaky_relu", "_prelu_kernel", "prelu", "elu", "celu", "selu", "gelu", "silu", "mish",
     "hardswish", "hardtanh", "softplus", "threshold", "tanh", "rrelu_with_noise", "clamp", "clamp_min",
@@ -174,6 +191,8 @@ class _Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.zeros_like(func(*args, **kwargs))
         if name in ("addmm", "mm", "linear"):
             return _mix(args[1] if name == "addmm" else args[0], func(*args, **kwargs).shape)
+        if name == "_to_copy" and kwargs.get("dtype") in _HALVES:
+            return func(*args, **{**kwargs, "dtype": args[0].dtype})
         if any(word in name for word in _OPAQUE):
             raise _HiddenError(name)
         return func(*args, **kwargs)
