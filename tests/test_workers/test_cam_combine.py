@@ -16,6 +16,7 @@ from workers.cam.explain import explain
 from workers.cam.geometry import grid_cells, measure_cells
 from workers.cam.layers import sites, stages
 from workers.cam.methods import method
+from workers.cam.tokens import Layout, TokenLayout
 from workers.cam.view import Batch, View
 
 
@@ -267,6 +268,53 @@ def test_layers_that_cannot_be_combined() -> None:
     pair = PairNet(nn.Sequential(net.stem, net.pool, net.body), Tail(net), "cut")
     with pytest.raises(ModelError, match="only in an eager network"):
         explain(pair, x, classes(3), ["normgrad_layers"])
+
+
+class ChannelsLast(nn.Module):
+    """A block as ConvNeXt has it: its inner layers give `(B, h, w, D)`, as many axes as a feature map has."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.depth, self.inner = nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.Linear(dim, 2 * dim)
+        self.act, self.out = nn.ReLU(), nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.act(self.inner(self.depth(x).movedim(1, -1))))
+        return x + y.movedim(-1, 1)
+
+
+def channels_last_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 4, 4), ChannelsLast(6), nn.Conv2d(6, 10, 2, 2), ChannelsLast(10),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 3),
+    ).eval()  # fmt: skip
+
+
+def test_channels_that_come_last_are_no_cells() -> None:
+    """Read as (B, K, *grid) they would be chosen as the finest grid, and the map be one of rows by channels."""
+    net = HookedNet(channels_last_net(), "3")
+    x = torch.randn(2, 2, 32, 48, generator=torch.Generator().manual_seed(0))
+    assert stages(net, x.shape[1:]) == ("1", "3")
+    name = "normgrad_layers"
+    assert explain(net, x, classes(3), [name]).maps[name].shape == (2, 3, 8, 12)
+    with pytest.raises(ModelError, match=r"layer '3\.out' gives shape \(2, 4, 6, 10\).*come last"):
+        explain(net, x, classes(3), [f"{name}+layers=1-3.out"])
+
+
+@pytest.mark.parametrize("said", ["channels_last", "channels_first"])
+def test_what_the_card_says_of_the_explained_layer_counts(said: Layout) -> None:
+    """4 x 4 cells of 4 channels can be read either way."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    name = "normgrad_layers+layers=1"
+    hooked = HookedNet(net, "1", tokens=TokenLayout(said))
+    x = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    if said == "channels_last":
+        with pytest.raises(ModelError, match="come last"):
+            explain(hooked, x, classes(3), [name])
+    else:
+        assert explain(hooked, x, classes(3), [name]).maps[name].isfinite().all()
 
 
 class Tail(nn.Module):

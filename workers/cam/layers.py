@@ -24,6 +24,7 @@ from workers.cam.geometry import grid_cells, measure_cells
 from workers.cam.method import Doubt, row
 from workers.cam.noise import NoisyNet
 from workers.cam.normgrad import REBUFFI, NormGradOptions, Site, extract, hooked
+from workers.cam.tokens import looks_channels_last
 from workers.cam.view import View, full
 
 
@@ -104,10 +105,10 @@ def _run(net: HookedNet, x: Tensor, layers: Sequence[str]) -> Pass:
             stack.enter_context(part.tapped(swap(i)))
         scores = net.readout.take(net.module(plain(x)), len(x))
     for i, output in outputs.items():
-        if output.ndim != x.ndim:
+        if not _is_feature_map(net, layers[i], output, x.shape[2:]):
             msg = (
                 f"layer {layers[i]!r} gives shape {tuple(output.shape)}; only layers with (B, K, *grid) of {x.ndim - 2} "
-                "axes can be combined"
+                "axes can be combined, not tokens or channels that come last: name others with layers=<layer>-<layer>"
             )
             raise ModelError(msg)
     return Pass(
@@ -116,6 +117,13 @@ def _run(net: HookedNet, x: Tensor, layers: Sequence[str]) -> Pass:
         tuple(given[i][0] if given[i] else None for i in outputs),
         scores,
     )
+
+
+def _is_feature_map(net: HookedNet, layer: str, output: Tensor, tile: Sequence[int]) -> bool:
+    """Whether an output is `(B, K, *grid)`; what comes as `(B, *grid, K)` has as many axes, and would be read crosswise."""
+    said = net.tokens.layout if layer == net.layer else ""
+    fits = said == "channels_first" or not (said or looks_channels_last(output.shape, tile))
+    return output.ndim == len(tile) + 2 and fits
 
 
 def _gradients(net: SplitNet, y: Tensor, done: Pass) -> list[Tensor]:
@@ -168,7 +176,7 @@ def _stages(net: HookedNet, input_shape: Sequence[int]) -> tuple[str, ...]:
     ran: list[tuple[str, tuple[int, ...]]] = []
 
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == len(tile) + 2:
+        if isinstance(output, Tensor) and _is_feature_map(net, names[module], output, tile):
             ran.append((names[module], tuple(output.shape[2:])))
 
     handles = [module.register_forward_hook(note) for module in names]
