@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
+from tests.test_workers.every_method import setting
 from tests.test_workers.tiny_networks import classes, conv_net, tiles
 from workers.cam.capture import HookedNet
 from workers.cam.explain import explain
@@ -156,6 +157,28 @@ def test_noise_belongs_to_the_tile_and_not_to_the_batch_or_the_other_methods() -
     )
     assert torch.equal(both.maps["hirescam"], whole)
     assert list(both.maps) == list(both.flags) == ["gradcam", "eigencam", "hirescam"]
+
+
+@pytest.mark.parametrize("name", ["guidedbackprop", "fullgrad"])
+def test_noise_belongs_to_the_tile_also_where_a_batch_is_taken_apart(name: str) -> None:
+    """Gradients of the whole network are taken of a few tiles at a time."""
+    net, seeds = HookedNet(conv_net(2), "relu"), torch.arange(10) + 3
+    x = torch.randn(10, 2, 12, 14, generator=torch.Generator().manual_seed(0))
+
+    def noisy(rows: slice) -> torch.Tensor:
+        return explain(net, x[rows], classes(3), [name], seeds[rows], gradient_noise=0.1).maps[name]
+
+    torch.testing.assert_close(noisy(slice(None))[8:], noisy(slice(8, None)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["doei", "finercam+similar=weights"])
+def test_noise_hides_nothing_of_the_network(name: str) -> None:
+    """A method may have to know what network it is: its attention, its linear head."""
+    of = setting(name.partition("+")[0])
+    net = HookedNet(of.net, of.layer, tokens=of.tokens)
+    plain = explain(net, of.x, classes(3), [name]).maps[name]
+    noisy = explain(net, of.x, classes(3), [name], gradient_noise=0.1).maps[name]
+    assert (plain != noisy).flatten(2).any(-1).all()
 
 
 def test_the_size_of_the_noise_is_a_share_of_each_gradients_own_deviation() -> None:

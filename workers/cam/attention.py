@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from schemas.errors import ModelError
-from workers.cam.capture import HookedNet, frozen, plain, swap_first
+from workers.cam.capture import frozen, plain, swap_first
 from workers.cam.method import Options, row
 from workers.cam.reach import mixed
 from workers.cam.softmax import Attention, attention_of, recorded
@@ -135,7 +135,6 @@ def legrad(view: View, options: LeGradOptions) -> tuple[Tensor, None]:
     net = view.net
     attention = attention_of(net, view.x)
     where = patches(view, attention)
-    assert isinstance(net, HookedNet)  # or `attention_of` has refused it
     blocks = attention.block_modules(net.module)
     used = len(blocks) if options.layers == 0 else min(options.layers, len(blocks))
     found = []

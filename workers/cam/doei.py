@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from workers.cam.attention import attended, patches, read_rows
 from workers.cam.capture import HookedNet, Split, swap_first
 from workers.cam.method import Options, row
+from workers.cam.noise import eager, of_tiles
 from workers.cam.softmax import Attending, attention_of
 from workers.cam.view import View, full
 
@@ -182,10 +183,10 @@ def changed_pass(
 
 def doei(view: View, options: DoeiOptions) -> tuple[Tensor, None]:
     """DOEI (reconstruction); the module says how."""
-    net = view.net
-    attention = attention_of(net, view.x)
+    attention = attention_of(view.net, view.x)
     where = patches(view, attention)
-    assert isinstance(net, HookedNet)  # or `attention_of` has refused it
+    net = eager(view.net)
+    assert net is not None  # or `attention_of` has refused it
     before = (view.g * view.a).sum(1)
     found = []
     for rows in attention.chunks(len(view.x)):
@@ -195,7 +196,7 @@ def doei(view: View, options: DoeiOptions) -> tuple[Tensor, None]:
         split, state = changed_pass(net, x, where, read_rows(gradients[-1]), before[rows], options)
         with torch.enable_grad():
             y = view.y(split.scores, rows)
-        g = full(net.grad(y, split.activations)).flatten(2)
+        g = full(of_tiles(view.net, rows).grad(y, split.activations)).flatten(2)
         cam = (g * full(split.activations.detach()).flatten(2)).sum(1).relu()
         mean = torch.stack(state.attention[-options.blocks :]).mean(0)
         mean = mean / mean.sum(-1, keepdim=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.cam.capture import SplitNet
+from workers.cam.noise import bare
 
 ROWS = (1, 0, 0, 1, 0)
 """Which of two tiles each row of the proof belongs to: unequal numbers, neither sorted nor interleaved, another one first."""
@@ -52,6 +53,7 @@ def fans_out(net: SplitNet, x: Tensor) -> bool:
     x
         `(B, C_in, *S)`; only its shape and type count.
     """
+    net = bare(net)
     if net not in _FOUND:
         _FOUND[net] = _prove(net, x)
     return _FOUND[net]

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from schemas.errors import ModelError
 from workers.cam.inputs import attached, parts, sum_onto
 from workers.cam.method import Doubt, Options, row
+from workers.cam.noise import of_tiles
 from workers.cam.view import View, full
 
 _CHANNEL_AXIS = {
@@ -54,7 +55,7 @@ def fullgrad(view: View, _: Options) -> tuple[Tensor, Doubt]:
     for rows in parts(view):
         with _Biases(len(rows), view.grid) as biases:
             leaf, y = attached(view, rows)
-        g = view.net.grad(y, leaf)
+        g = of_tiles(view.net, rows).grad(y, leaf)
         mine = biases.total + sum_onto((full(g) * full(leaf.detach())).sum(1), view.grid)
         y, found = y.detach(), mine.flatten(1)
         maps.append(found)

@@ -15,6 +15,7 @@ from workers.cam.capture import SplitNet
 from workers.cam.geometry import grid_cells
 from workers.cam.inputs import attached, coarse, mean_onto, parts
 from workers.cam.method import Doubt, Options, row
+from workers.cam.noise import of_tiles
 from workers.cam.view import View, full
 
 _OTHERS = frozenset({
@@ -51,7 +52,7 @@ def guided_gradient(view: View) -> Tensor:
     for rows in parts(view):
         with _Guided() as guided:
             leaf, y = attached(view, rows)
-            found.append(full(view.net.grad(y, leaf)))
+            found.append(full(of_tiles(view.net, rows).grad(y, leaf)))
         if not guided.met:
             msg = (
                 "guided backpropagation acts on ReLUs, and there is none between the network's input and its scores (or it "

@@ -1,6 +1,7 @@
 """A head of global average pooling and one linear layer: proven, not guessed; then no gradient needs to be computed.
 
-Behind such a head the gradient of score `c` is `W[c] / Z` in every cell.
+Behind such a head the gradient of score `c` is `W[c] / Z` in every cell. Of an encoder that ends in pooling the scores are the
+embedding, and `W` is the identity.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.cam.capture import SplitNet
+from workers.cam.noise import bare
 from workers.cam.readout import Scores
 from workers.cam.view import full
 
@@ -61,6 +63,7 @@ def linear_head(net: SplitNet, x: Tensor) -> LinearHead | None:
     x
         `(B, C_in, *S)`; one tile is used.
     """
+    net = bare(net)
     if net not in _FOUND:
         _FOUND[net] = _prove(net, x[:1])
     return _FOUND[net]
@@ -86,7 +89,7 @@ def _prove(net: SplitNet, x: Tensor) -> LinearHead | None:
     scores, mix = full(scores.detach()), full(mix)
     mean = full(random).flatten(2).mean(-1)
     tolerance = 1e-4 if activations.element_size() >= 4 else 2e-2
-    for weight in _candidates(net.module, scores.shape[1], activations.shape[1]):
+    for weight in _candidates(net.module, scores, activations.shape[1]):
         expected = (mix @ weight / gradient.shape[-1])[..., None]
         if not (gradient - expected).abs().amax() <= tolerance / 10 * expected.abs().amax():
             continue
@@ -97,9 +100,11 @@ def _prove(net: SplitNet, x: Tensor) -> LinearHead | None:
     return None
 
 
-def _candidates(module: nn.Module, rows: int, channels: int) -> list[Tensor]:
-    """Parameters shaped like a head `(C, K)`, a 1x1 convolution's `(C, K, 1, ...)` included."""
-    return [
+def _candidates(module: nn.Module, scores: Tensor, channels: int) -> list[Tensor]:
+    """Parameters shaped like a head `(C, K)`, a 1x1 convolution's `(C, K, 1, ...)` included; the identity."""
+    rows = scores.shape[1]
+    identity = [torch.eye(rows).to(scores)] if rows == channels else []
+    return identity + [
         full(p.detach()).reshape(rows, channels)
         for p in module.parameters()
         if p.ndim >= 2 and p.shape[:2] == (rows, channels) and p.numel() == rows * channels

@@ -22,8 +22,8 @@ from workers.cam.capture import HookedNet, SplitNet, frozen, plain
 from workers.cam.combine import How, combine, minmax, ramp, resample
 from workers.cam.geometry import grid_cells, measure_cells
 from workers.cam.method import Doubt, row
-from workers.cam.noise import NoisyNet
-from workers.cam.normgrad import REBUFFI, NormGradOptions, Site, extract, hooked
+from workers.cam.noise import NoisyNet, eager
+from workers.cam.normgrad import REBUFFI, NormGradOptions, Site, extract
 from workers.cam.tokens import looks_channels_last
 from workers.cam.view import View, full
 
@@ -141,11 +141,11 @@ def _gradients(net: SplitNet, y: Tensor, done: Pass) -> list[Tensor]:
 
 
 def _eager(net: SplitNet) -> HookedNet:
-    eager = hooked(net)
-    if eager is None:
+    found = eager(net)
+    if found is None:
         msg = "several layers can be combined only in an eager network, not in one cut in two; use method 'normgrad'"
         raise ModelError(msg)
-    return eager
+    return found
 
 
 _CELLS: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
@@ -209,8 +209,8 @@ def place(
     net: SplitNet, input_shape: tuple[int, ...], layer: CellGeometry, options: LayersOptions
 ) -> CellGeometry:
     """Cells of the combined map: those of the finest layer."""
-    eager = _eager(net)
-    finest = _finest([cells_of(eager, name, input_shape) for name in _layers(eager, input_shape, options)])
+    found = _eager(net)
+    finest = _finest([cells_of(found, name, input_shape) for name in _layers(found, input_shape, options)])
     # where the explained layer is laid on an even grid, by choice or because it cannot be measured, so is this map
     return grid_cells(finest.shape, input_shape[1:]) if layer.source == "grid" else finest
 

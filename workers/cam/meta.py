@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from schemas.errors import ModelError
 from workers.cam.capture import FOLDED, frozen
 from workers.cam.method import Doubt, Raw, row
-from workers.cam.noise import NoisyNet
-from workers.cam.normgrad import REBUFFI, NormGradOptions, hooked, of_view
+from workers.cam.noise import eager, of_tiles
+from workers.cam.normgrad import REBUFFI, NormGradOptions, of_view
 from workers.cam.readout import Reading
 from workers.cam.view import Batch, View, full
 
@@ -64,7 +64,7 @@ def loss(view: View, scores: Tensor) -> Tensor:
 
 def gradients(view: View) -> dict[nn.Parameter, Tensor]:
     """Gradient of the loss, summed over the tiles of a view, by the parameters it depends on; those frozen included."""
-    net = hooked(view.net)
+    net = eager(view.net)
     if net is None:
         msg = "meta-saliency needs the eager network, whose weights it moves, not one cut in two; use method 'normgrad'"
         raise ModelError(msg)
@@ -124,7 +124,7 @@ def after_step(
 def _tile(view: View, b: int) -> View:
     """One tile of a view, run through the network as it is now."""
     x, seeds = view.x[b : b + 1], view.seeds[b : b + 1]
-    net = view.net.of_tile(b) if isinstance(view.net, NoisyNet) else view.net
+    net = of_tiles(view.net, torch.tensor([b]))
     split = net.forward(x)
     batch = Batch(net, x, split, seeds)
     # A region or a symbol stays what it was before the step: the target does not move.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from workers.cam.capture import Split, SplitNet
+from workers.cam.capture import HookedNet, Split, SplitNet
 from workers.cam.readout import Readout
 from workers.cam.tokens import Arrangement, TokenLayout
 
@@ -67,11 +67,29 @@ class NoisyNet:
         self.calls += 1
         return g + noise * (self._relative * std).to(g).view(-1, *(1,) * (g.ndim - 1))
 
-    def of_tile(self, tile: int) -> NoisyNet:
-        """The same for that tile alone, from its first gradient on."""
-        return NoisyNet(self.net, self._relative, self._seeds[tile : tile + 1])
+    def of_tiles(self, rows: Tensor) -> NoisyNet:
+        """The same for tiles `rows` `(n,)` of its batch, as if their next gradient were taken with those of all."""
+        found = NoisyNet(self.net, self._relative, self._seeds[rows.cpu()])
+        found.calls = self.calls
+        return found
 
     def _row(self, row: int, shape: torch.Size) -> Tensor:
         turn, tile = divmod(row, len(self._seeds))
         seed = (int(self._seeds[tile]) * 1_000_003 + turn) * 1_000_003 + self.calls
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed % 2**63))
+
+
+def bare(net: SplitNet) -> SplitNet:
+    """The network without noise, if there is any."""
+    return net.net if isinstance(net, NoisyNet) else net
+
+
+def eager(net: SplitNet) -> HookedNet | None:
+    """The eager network of a split one, whatever noise is put on its gradients; None for a cut network."""
+    inner = bare(net)
+    return inner if isinstance(inner, HookedNet) else None
+
+
+def of_tiles(net: SplitNet, rows: Tensor) -> SplitNet:
+    """A network for tiles `rows` `(n,)` of its batch alone: whatever noise there is goes with the tile."""
+    return net.of_tiles(rows) if isinstance(net, NoisyNet) else net

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import ModelError
-from workers.cam.capture import CONVOLUTIONS, HookedNet, SplitNet
+from workers.cam.capture import CONVOLUTIONS
 from workers.cam.method import Doubt, Options, row
-from workers.cam.noise import NoisyNet
+from workers.cam.noise import eager
 from workers.cam.view import View, full
 
 At = Literal["bias", "scaling", "conv1x1", "conv3x3", "depthwise3x3", "real"]
@@ -146,15 +146,9 @@ class Site:
     """`(B, K_in, *S_in)` of a convolution."""
 
 
-def hooked(net: SplitNet) -> HookedNet | None:
-    """The eager network of a split one, whatever noise is put on its gradients; None for a cut network."""
-    inner = net.net if isinstance(net, NoisyNet) else net
-    return inner if isinstance(inner, HookedNet) else None
-
-
 def site(view: View) -> Site:
     """The explained layer."""
-    net = hooked(view.net)
+    net = eager(view.net)
     g = view.g.reshape(view.activations.shape)
     return Site(net.layer if net else "", net.target if net else None, full(view.activations), g, view.inputs)
 

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from schemas.errors import ModelError
-from workers.cam.capture import HookedNet, SplitNet, frozen, plain
+from workers.cam.capture import SplitNet, frozen, plain
+from workers.cam.noise import eager
 
 ELEMENTS_AT_ONCE = 2**26
 """Attention values, over all blocks, heads and tiles, that are held together (0.25 GiB in float32)."""
@@ -160,7 +161,7 @@ def attention_of(net: SplitNet, x: Tensor) -> Attention:
     ModelError
         None that can be seen; over windows; pooled or crossed (queries that are no tokens); not of the same tokens throughout.
     """
-    if not isinstance(net, HookedNet):
+    if eager(net) is None:
         msg = "attention cannot be seen inside an exported or scripted network; give it as adapter 'monai' or 'factory'"
         raise ModelError(msg)
     known = _FOUND.setdefault(net.module, {})
