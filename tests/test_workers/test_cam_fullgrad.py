@@ -18,6 +18,7 @@ from workers.cam.fullgrad import fullgrad
 from workers.cam.inputs import mean_onto, sum_onto
 from workers.cam.method import Options
 from workers.cam.targets import functionals
+from workers.cam.tokens import TokenLayout
 from workers.cam.view import Batch, View
 
 
@@ -204,9 +205,10 @@ def test_what_is_not_piecewise_linear_is_doubted(module: nn.Module) -> None:
 def test_axes_must_be_the_inputs() -> None:
     trunk = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(2), nn.ReLU()).eval()
     tail = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    as_they_are = TokenLayout("channels_first")  # else taken for tokens, and refused as such
     for name in ("fullgrad", "guidedgradcam"):
         with pytest.raises(ModelError, match=r"cells have 1 axes|cells; those have 1 axes"):
-            explain(PairNet(trunk, tail, "cut"), tiles(2), classes(3), [name])
+            explain(PairNet(trunk, tail, "cut", tokens=as_they_are), tiles(2), classes(3), [name])
 
 
 @pytest.mark.parametrize("grid", [(3, 4), (7, 2), (1, 1), (10, 12), (13, 5)])
