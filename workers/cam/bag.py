@@ -8,7 +8,7 @@ float32 at once. Any other head sees its whole bag, one bag at a time.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,7 +54,7 @@ class BagView:
     ----------
     head
         `head(h (N, D)) -> logits (C,)`, in eval mode a function of the features alone. Where it has them:
-        `attention(h) -> (G, N)`, `parts(h) -> BagParts`, `instance_logits(h) -> (N, C)`.
+        `attention(h) -> (G, N)`, `parts(h) -> BagParts`, `instances(h) -> (N, C)`.
     h
         `(N, D)` features in any precision, those and in the order that the bag was predicted from.
     targets
@@ -102,6 +102,16 @@ class BagView:
         with frozen(self.head), torch.no_grad():
             found: BagParts = self.head.parts(self._cast(self.h))
         return found
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the logits are a sum over tiles."""
+        return hasattr(self.head, "parts")
+
+    def quietly(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Something else that the head says of its bag, without a graph."""
+        with frozen(self.head), torch.no_grad():
+            return f(self._cast(self.h))
 
     def forward(self, h: Tensor) -> Tensor:
         """Logits `(C,)` float64 of another bag `(n, D)`."""

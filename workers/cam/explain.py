@@ -15,7 +15,7 @@ from workers.cam.head import LinearHead, linear_head
 from workers.cam.method import Doubt, Method, Solved, Weigh
 from workers.cam.methods import method
 from workers.cam.noise import NoisyNet
-from workers.cam.targets import ResolvedTarget, functionals
+from workers.cam.targets import Target, functionals
 from workers.cam.view import Batch, View
 
 TARGETS_AT_ONCE = 64
@@ -33,7 +33,7 @@ class Explained:
     target_index: Tensor
     """`(B, T)` int32: the class each map explains, or the symbol of a sequence; -1 where it is no single one."""
     maps: dict[str, Tensor]
-    """By method: `(B, T, *grid)` float32, raw and signed, in the method's unit."""
+    """By method: `(B, T, *grid)` float32 (float64 of a network in float64), raw and signed, in the method's unit."""
     flags: dict[str, Tensor]
     """By method: `(B, T)` uint8, bits of `MapFlag`."""
 
@@ -41,7 +41,7 @@ class Explained:
 def explain(
     net: SplitNet,
     x: Tensor,
-    targets: Sequence[ResolvedTarget],
+    targets: Sequence[Target],
     methods: Sequence[str],
     seeds: Tensor | None = None,
     gradient_noise: float = 0.0,
@@ -60,7 +60,7 @@ def explain(
     x
         `(B, C_in, *S)`, as the network expects it.
     targets
-        T targets, from `workers.cam.targets.resolve`.
+        T targets, from `workers.cam.targets.resolve`; or with weights of each tile's own (`TileTarget`).
     methods
         Names of `workers.cam.methods.METHODS`, options included.
     seeds
@@ -106,7 +106,7 @@ def explain(
 def _explain(
     net: SplitNet,
     x: Tensor,
-    targets: Sequence[ResolvedTarget],
+    targets: Sequence[Target],
     rows: dict[str, Method],
     seeds: Tensor,
     states: Mapping[str, Sequence[Solved]],
@@ -137,7 +137,7 @@ def _explain(
             # Contrast in the map of a target that the layer does not move comes from the method, not from the target.
             blind = torch.stack([(v.g == 0).flatten(1).all(1) for v in views], dim=1)
             doubtful = doubtful | (blind & (raw.flatten(2) != 0).any(-1))
-        raw = raw.float()
+        raw = raw.to(batch.a.dtype)
         maps[name] = torch.where(valid.view(*valid.shape, *(1,) * len(raw.shape[2:])), raw, torch.nan)
         flags[name] = _flags(raw.flatten(2), valid, doubtful)
     return Explained(batch.scores.float(), index, maps, flags)

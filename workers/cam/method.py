@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_origin
+from typing import Any, Protocol, Self, TypeVar, get_origin
 
 from pydantic import ValidationError, ValidationInfo, field_validator
 from torch import Tensor
@@ -106,28 +106,59 @@ class Method:
 
     def with_options(self, given: dict[str, str]) -> Method:
         """Set some options; the name then says so, the same way whatever the order they came in."""
-        if not given:
-            return self
-        known = type(self.options).model_fields
-        for key in given:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=3) or list(known)
-                msg = f"{self.info.name}: has no option {key!r}; it has {', '.join(near) or 'none'}"
-                raise SpecError(msg)
-        try:
-            options = type(self.options).model_validate({**self.options.model_dump(), **given})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            msg = f"{self.info.name}: option {where} = {first['input']!r}: {first['msg']}"
-            raise SpecError(msg) from error
-        name = "+".join([self.info.name, *(f"{k}={v}" for k, v in options.text().items())])
-        info = self.info.model_copy(update={"name": name, **options.facts()})
+        info, options = configured(self.info, self.options, given)
         return replace(self, info=info, options=options)
 
     def cells(self, net: SplitNet, input_shape: Sequence[int], layer: CellGeometry) -> CellGeometry:
         """Where this method's cells lie in a tile of `(C_in, *S)`, given those of the explained layer."""
         return self.place(net, tuple(input_shape), layer, self.options) if self.place else layer
+
+
+def configured(info: MethodInfo, options: Options, given: Mapping[str, str]) -> tuple[MethodInfo, Options]:
+    """Facts and options of a method with some of them set; SpecError for one it has not, or with another value."""
+    if not given:
+        return info, options
+    known = type(options).model_fields
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3) or list(known)
+            msg = f"{info.name}: has no option {key!r}; it has {', '.join(near) or 'none'}"
+            raise SpecError(msg)
+    try:
+        options = type(options).model_validate({**options.model_dump(), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        msg = f"{info.name}: option {where} = {first['input']!r}: {first['msg']}"
+        raise SpecError(msg) from error
+    name = "+".join([info.name, *(f"{k}={v}" for k, v in options.text().items())])
+    return info.model_copy(update={"name": name, **options.facts()}), options
+
+
+class Configurable(Protocol):
+    """A row of a table of methods."""
+
+    def with_options(self, given: dict[str, str]) -> Self:
+        """Set some options; the name then says so."""
+        ...
+
+
+Row = TypeVar("Row", bound=Configurable)
+
+
+def find(table: Mapping[str, Row], name: str, listed: str) -> Row:
+    """The row of `name` or `name+option=value+...`; SpecError, with near names and where they are `listed`, if none."""
+    bare, *given = name.split("+")
+    if bare not in table:
+        near = difflib.get_close_matches(bare, table, n=3)
+        meant = f"did you mean {', '.join(near)}? " if near else ""
+        msg = f"{name}: unknown; {meant}{listed}"
+        raise SpecError(msg)
+    pairs = [option.partition("=") for option in given]
+    if not all(key and mark and value for key, mark, value in pairs):
+        msg = f"{name}: options are written name+key=value+key=value"
+        raise SpecError(msg)
+    return table[bare].with_options({key: value for key, _, value in pairs})
 
 
 GRADIENTS: tuple[Need, ...] = ("activations", "gradients")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
-from schemas.errors import SpecError
 from workers.cam import (
     ablation,
     attention,
@@ -19,13 +16,14 @@ from workers.cam import (
     guided,
     kernel,
     layers,
+    lrp,
     meta,
     normgrad,
     path,
     score,
     smooth,
 )
-from workers.cam.method import Method
+from workers.cam.method import Method, find
 
 METHODS: dict[str, Method] = {
     row.info.name: row
@@ -40,6 +38,7 @@ METHODS: dict[str, Method] = {
         eigen_slide,
         normgrad,
         layers,
+        lrp,
         meta,
         cfcam,
         fem,
@@ -56,14 +55,4 @@ METHODS: dict[str, Method] = {
 
 def method(name: str) -> Method:
     """The row of `name` or `name+option=value+...`; SpecError, with near names, if there is none."""
-    bare, *given = name.split("+")
-    if bare not in METHODS:
-        near = difflib.get_close_matches(bare, METHODS, n=3)
-        meant = f"did you mean {', '.join(near)}? " if near else ""
-        msg = f"{name}: unknown; {meant}`gigacam methods` lists every method"
-        raise SpecError(msg)
-    pairs = [option.partition("=") for option in given]
-    if not all(key and mark and value for key, mark, value in pairs):
-        msg = f"{name}: options are written name+key=value+key=value"
-        raise SpecError(msg)
-    return METHODS[bare].with_options({key: value for key, _, value in pairs})
+    return find(METHODS, name, "`gigacam methods` lists every method")

@@ -57,6 +57,24 @@ class ResolvedTarget:
     terms: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class TileTarget:
+    """A linear function of the scores that differs from tile to tile.
+
+    Of an encoder whose scores are its embedding, with `workers.cam.bag.bag_gradient` as weights: the bag's own number, so
+    that the maps of all tiles are in its unit and comparable.
+    """
+
+    name: str
+    weights: Tensor
+    """`(B, C)`, a row a tile of the batch."""
+    index: int = -1
+    """The class of the bag it speaks for; -1 where it is no single one."""
+
+
+Target = ResolvedTarget | TileTarget
+
+
 def resolve(names: Sequence[str], output: OutputSpec, n_outputs: int) -> tuple[ResolvedTarget, ...]:
     """Resolve target names against what the network puts out.
 
@@ -181,7 +199,7 @@ def _find(name: str, output: OutputSpec, classes: list[tuple[str, int]]) -> tupl
 
 
 def functionals(
-    scores: Tensor, targets: Sequence[ResolvedTarget], symbols: Tensor | None = None
+    scores: Tensor, targets: Sequence[Target], symbols: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """Each target as a linear function of the scores, and the class it explains.
 
@@ -190,7 +208,7 @@ def functionals(
     scores
         `(B, C)` before any softmax, without a graph.
     targets
-        T resolved targets.
+        T targets.
     symbols
         `(B, C)` what each score stands for, where that differs from tile to tile.
 
@@ -200,10 +218,24 @@ def functionals(
         T tensors `(1, C)`, or `(B, C)` where rows differ: the scalar to explain is `(scores * weights).sum(1)`.
     index
         `(B, T)` int32: class, or symbol; -1 where a target is no single one.
+
+    Raises
+    ------
+    ModelError
+        A tile's own weights are not as many as its scores.
     """
     index = torch.stack([_index(scores, t) for t in targets], dim=1)
     weights = []
     for i, target in enumerate(targets):
+        if isinstance(target, TileTarget):
+            if target.weights.shape != scores.shape:
+                msg = (
+                    f"target {target.name!r} has weights of shape {tuple(target.weights.shape)}; expected "
+                    f"{tuple(scores.shape)}, as many as the network has scores for these tiles"
+                )
+                raise ModelError(msg)
+            weights.append(target.weights.to(scores))
+            continue
         of = index[:1, i] if target.index is not None else index[:, i]
         weight = scores.new_zeros(len(of), scores.shape[1])
         if target.terms:
@@ -219,7 +251,8 @@ def functionals(
     return weights, index.to(torch.int32)
 
 
-def _index(scores: Tensor, target: ResolvedTarget) -> Tensor:
+def _index(scores: Tensor, target: Target) -> Tensor:
     if target.index is not None:
         return torch.full((len(scores),), target.index, dtype=torch.long, device=scores.device)
+    assert isinstance(target, ResolvedTarget)
     return (scores[:, 0] > 0).long() if target.single_logit else scores.argmax(1)
