@@ -116,8 +116,9 @@ def test_one_pass_gives_what_a_pass_a_layer_does(ndim: int) -> None:
         torch.testing.assert_close(site.g.flatten(2), alone.g, rtol=1e-5, atol=1e-9)
         assert (site.inputs is None) == (site.layer in ("stem", "relu"))
         if site.inputs is not None:
-            assert alone.inputs is not None
-            torch.testing.assert_close(site.inputs, alone.inputs, rtol=0, atol=0)
+            torch.testing.assert_close(site.inputs, HookedNet(net, site.layer).given(x), rtol=0, atol=0)
+    virtual = sites(view_of(HookedNet(net, "relu"), x), ["body", "relu"], "conv1x1")
+    assert all(s.inputs is None for s in virtual), "kept only where a layer's own weights are asked about"
     assert not any(p.grad is not None for p in net.parameters())
 
 

@@ -33,8 +33,6 @@ class Split(NamedTuple):
     """`(B, K, *grid)`, a leaf that requires a gradient."""
     scores: Tensor
     """`(B, C)`, attached to the activations; of another shape where the readout has still to make scores of it."""
-    inputs: Tensor | None = None
-    """`(B, K_in, *S_in)`, what the layer was given, where it is a convolution."""
 
 
 class SplitNet(Protocol):
@@ -165,9 +163,8 @@ class HookedNet:
             leaves.append(leaf)
             return leaf.clone() if differentiable else output
 
-        with self.inputs() as given:
-            scores = self._run(x, tap)
-        return Split(checked_activations(leaves[0], x, self.layer), scores, *given)
+        scores = self._run(x, tap)
+        return Split(checked_activations(leaves[0], x, self.layer), scores)
 
     def end_to_end(self, x: Tensor) -> Tensor:
         with frozen(self.module):
@@ -175,6 +172,12 @@ class HookedNet:
 
     def grad(self, y: Tensor, activations: Tensor, retain: bool = False) -> Tensor:
         return _gradient(y, activations, retain, self.layer)
+
+    def given(self, x: Tensor) -> Tensor | None:
+        """What the layer is given `(B, K_in, *S_in)` for `x`, where it is a convolution: a pass of the trunk."""
+        with self.inputs() as found:
+            self.trunk(x)
+        return found[0] if found else None
 
     @contextmanager
     def inputs(self) -> Iterator[list[Tensor]]:

@@ -23,7 +23,7 @@ from workers.cam.combine import How, combine, minmax, ramp, resample
 from workers.cam.geometry import grid_cells, measure_cells
 from workers.cam.method import Doubt, row
 from workers.cam.noise import NoisyNet, eager
-from workers.cam.normgrad import REBUFFI, NormGradOptions, Site, extract
+from workers.cam.normgrad import REBUFFI, At, NormGradOptions, Site, extract
 from workers.cam.tokens import looks_channels_last
 from workers.cam.view import View, full
 
@@ -61,20 +61,23 @@ class Pass(NamedTuple):
     parts: tuple[HookedNet, ...]
     outputs: tuple[Tensor, ...]
     inputs: tuple[Tensor | None, ...]
-    """Of convolutions."""
+    """Of convolutions, where they are kept."""
     scores: Tensor
     """As in `Split`, attached to the outputs."""
 
 
-def sites(view: View, layers: Sequence[str]) -> list[Site]:
+def sites(view: View, layers: Sequence[str], at: At = "real") -> list[Site]:
     """Several layers in one pass, shared by all targets, and one gradient, in the order in which they run.
+
+    What convolutions were given is kept for `at` `real` alone.
 
     Raises
     ------
     ModelError
         No such layer, one that the scores do not depend on or that has no spatial axes, or a cut network.
     """
-    done = view.once(("layers", *layers), lambda: _run(_eager(view.net), view.x, layers))
+    real = at == "real"
+    done = view.once(("layers", real, *layers), lambda: _run(_eager(view.net), view.x, layers, real))
     with torch.enable_grad():
         y = view.y(done.scores)
     return [
@@ -85,7 +88,7 @@ def sites(view: View, layers: Sequence[str]) -> list[Site]:
     ]
 
 
-def _run(net: HookedNet, x: Tensor, layers: Sequence[str]) -> Pass:
+def _run(net: HookedNet, x: Tensor, layers: Sequence[str], keep_inputs: bool) -> Pass:
     """The layer that runs first starts the graph: what lies before it is run without one."""
     parts = [HookedNet(net.module, layer) for layer in layers]
     outputs: dict[int, Tensor] = {}
@@ -100,7 +103,7 @@ def _run(net: HookedNet, x: Tensor, layers: Sequence[str]) -> Pass:
 
     with ExitStack() as stack:
         stack.enter_context(frozen(net.module))
-        given = [stack.enter_context(part.inputs()) for part in parts]
+        given = [stack.enter_context(part.inputs()) if keep_inputs else [] for part in parts]
         for i, part in enumerate(parts):
             stack.enter_context(part.tapped(swap(i)))
         scores = net.readout.take(net.module(plain(x)), len(x))
@@ -221,7 +224,7 @@ def combined(view: View, options: LayersOptions) -> tuple[Tensor, Doubt]:
     maps, doubtful = [], torch.zeros(len(view.x), dtype=torch.bool, device=view.x.device)
     names = _layers(net, shape, options)
     onto = _finest([cells_of(net, name, shape) for name in names])
-    for at in sites(view, names):
+    for at in sites(view, names, options.at):
         own = cells_of(net, at.layer, shape)
         raw, doubt = extract(at, options)
         if options.scale == "minmax":

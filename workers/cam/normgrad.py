@@ -143,14 +143,16 @@ class Site:
     g: Tensor
     """The same shape."""
     inputs: Tensor | None
-    """`(B, K_in, *S_in)` of a convolution."""
+    """`(B, K_in, *S_in)` of a convolution, where they are asked for."""
 
 
-def site(view: View) -> Site:
+def site(view: View, at: At) -> Site:
     """The explained layer."""
     net = eager(view.net)
     g = view.g.reshape(view.activations.shape)
-    return Site(net.layer if net else "", net.target if net else None, full(view.activations), g, view.inputs)
+    # kept for nobody else: at an early layer of a volume it is more than all the rest
+    inputs = view.once("given", lambda: net.given(view.x)) if net and at == "real" else None
+    return Site(net.layer if net else "", net.target if net else None, full(view.activations), g, inputs)
 
 
 def extract(at: Site, options: NormGradOptions) -> tuple[Tensor, Doubt]:
@@ -183,7 +185,7 @@ def extract(at: Site, options: NormGradOptions) -> tuple[Tensor, Doubt]:
 
 def of_view(view: View, options: NormGradOptions) -> tuple[Tensor, Doubt]:
     """NormGrad at the explained layer, `(B, Z)`."""
-    raw, doubtful = extract(site(view), options)
+    raw, doubtful = extract(site(view, options.at), options)
     return raw.flatten(1), doubtful
 
 

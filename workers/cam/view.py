@@ -55,8 +55,6 @@ class View:
         `(B, K, *grid)` detached, in the network's precision.
     a
         The same as `(B, K, Z)`, at least float32.
-    inputs
-        `(B, K_in, *S_in)`, what the layer was given, where it is a convolution of an eager network; else None.
     scores
         `(B, C)` detached, at least float32.
     target
@@ -72,7 +70,6 @@ class View:
         self.a = batch.a
         self.scores = batch.scores
         self.reading = batch.reading
-        self.inputs = batch.split.inputs
         self.target = target.to(batch.scores.dtype).expand_as(batch.scores)
         self._shared = batch.shared
         self._split = batch.split
