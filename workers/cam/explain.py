@@ -133,9 +133,9 @@ def _explain(
         sound = batch.sound[:, None]
         valid = sound & raw.isfinite().flatten(2).all(-1)
         if row.info.class_specific and "gradients" in row.info.needs and name not in by_weight:
-            valid = valid & torch.stack([v.g.isfinite().flatten(1).all(1) for v in views], dim=1)
+            valid = valid & torch.stack([v.steady for v in views], dim=1)
             # Contrast in the map of a target that the layer does not move comes from the method, not from the target.
-            blind = torch.stack([(v.g == 0).flatten(1).all(1) for v in views], dim=1)
+            blind = torch.stack([v.blind for v in views], dim=1)
             doubtful = doubtful | (blind & (raw.flatten(2) != 0).any(-1))
         raw = raw.to(batch.a.dtype)
         maps[name] = torch.where(valid.view(*valid.shape, *(1,) * len(raw.shape[2:])), raw, torch.nan)

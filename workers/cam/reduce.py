@@ -98,7 +98,7 @@ def collect(
             for view in views if row.info.class_specific else views[:1]:
                 kept = rows
                 if "gradients" in row.info.needs:
-                    finite = view.g.isfinite().flatten(1).all(1).tolist()
+                    finite = view.steady.tolist()
                     kept = [r for r in rows if finite[r]]
                 parts.append(slide.collect(view, kept, row.options))
             sums[name] = torch.stack(parts)

@@ -90,6 +90,16 @@ class View:
             y = self.y(self._split.scores)
         return full(self.net.grad(y, self._split.activations, retain=self._retain)).flatten(2)
 
+    @cached_property
+    def steady(self) -> Tensor:
+        """`(B,)` whether the gradient is finite."""
+        return self.g.isfinite().flatten(1).all(1)
+
+    @cached_property
+    def blind(self) -> Tensor:
+        """`(B,)` whether the gradient is 0 everywhere: the layer does not move the target."""
+        return (self.g == 0).flatten(1).all(1)
+
     def gradient(self, target: Tensor) -> Tensor:
         """`(B, K, Z)` gradient of another functional `(B, C)` of the same scores; such a method needs `tail`."""
         with torch.enable_grad():
