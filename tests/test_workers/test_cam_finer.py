@@ -103,3 +103,9 @@ def test_options() -> None:
     for bad in ("n=0", "gamma=-1", "mean=odd", "similar=names"):
         with pytest.raises(SpecError, match="option"):
             method(f"finercam+{bad}")
+
+
+def test_the_edition_says_which_likeness_and_which_mean() -> None:
+    assert "authors' code; their even mean" in method("finercam").info.edition
+    assert "cosine of the head's weights" in method("finercam+similar=weights").info.edition
+    assert "by their softmax" in method("finercam+mean=softmax").info.edition

@@ -234,3 +234,14 @@ def test_options_are_checked() -> None:
     for bad in ("cell=0", "cell=1.5", "pool=max"):
         with pytest.raises(SpecError, match="option"):
             method(f"guidedbackprop+{bad}")
+
+
+@pytest.mark.parametrize("name", ["guidedbackprop", "guidedgradcam"])
+def test_magnitudes_are_not_signed(name: str) -> None:
+    info = method(f"{name}+pool=abs").info
+    assert method(f"{name}+cell=2").info.signed
+    assert not info.signed
+    assert "magnitudes" in info.edition
+    maps = explain(HookedNet(conv_net(2), "relu"), tiles(2), classes(3), [info.name]).maps[info.name]
+    assert (maps >= 0).all()
+    assert (maps > 0).any()

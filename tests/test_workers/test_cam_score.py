@@ -252,7 +252,10 @@ def test_a_pair_of_modules_gives_the_same() -> None:
 
 
 def test_options() -> None:
-    assert "pgc" in method("scorecam+mask=pgc").info.edition
+    assert "masks as pgc has them" in method("scorecam+mask=pgc").info.edition
+    assert "noise on the mask" in method("sscam").info.edition
+    assert "noise on the input" in method("sscam+on=input+mask=pgc").info.edition
+    assert "i / n" in method("iscam+mask=torchcam").info.edition
     for wrong in ("scorecam+mask=cubic", "scorecam+chunk=0", "sscam+samples=0", "sscam+sigma=nan"):
         with pytest.raises(SpecError, match="option"):
             method(wrong)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,13 @@ class FinerOptions(Options):
     """How the classes are averaged: the paper's even mean, or by their softmax, as the authors' later code does."""
     similar: Literal["scores", "weights"] = "scores"
     """Most similar by score (the authors' code), or by the cosine of the rows of a linear head."""
+
+    def facts(self) -> dict[str, Any]:
+        by = {"scores": "score, as in the authors' code", "weights": "the cosine of the head's weights"}
+        over = {"even": "even mean", "softmax": "mean weighted by their softmax"}
+        return {
+            "edition": f"on Grad-CAM; most alike by {by[self.similar]}; their {over[self.mean]}; before the final ReLU"
+        }
 
 
 def finer_target(
@@ -93,7 +100,7 @@ METHODS = (
     row(
         "finercam", "Finer-CAM", _raw, "logit/cell",
         "Zhang et al., Finer-CAM, CVPR 2025",
-        edition="on Grad-CAM; n, gamma and similarity by score as in the authors' code; before the final ReLU",
+        edition=FinerOptions().facts()["edition"],
         needs=("activations", "gradients", "tail"), options=FinerOptions(),
     ),
 )  # fmt: skip

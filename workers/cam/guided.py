@@ -36,6 +36,9 @@ class CellOptions(Options):
     pool: Literal["mean", "abs"] = "mean"
     """Of a cell's pixels: the mean, or the mean of magnitudes, in which opposite signs do not cancel."""
 
+    def facts(self) -> dict[str, Any]:
+        return {"signed": self.pool == "mean"}
+
 
 def guided_gradient(view: View) -> Tensor:
     """Gradient of the target `(B, C_in, *S)` by guided backpropagation (Springenberg et al., ICLR workshop 2015).
@@ -145,13 +148,13 @@ METHODS = (
     row(
         "guidedbackprop", "Guided backpropagation", guidedbackprop, "1",
         "Springenberg et al., Striving for Simplicity: The All Convolutional Net, ICLR workshop 2015",
-        edition="summed over input channels, averaged over the pixels of a cell; a companion of Grad-CAM, hardly class-specific",
+        edition="summed over input channels (pool=abs: magnitudes), averaged over a cell; a companion of Grad-CAM, hardly class-specific",
         needs=("gradients", "input"), options=CellOptions(), place=cells_of_input,
     ),
     row(
         "guidedgradcam", "Guided Grad-CAM", guidedgradcam, "1",
         "Selvaraju et al., Grad-CAM, ICCV 2017",
-        edition="times the unscaled positive Grad-CAM map (authors' code); summed over input channels, averaged over a cell",
+        edition="times the unscaled positive Grad-CAM map (authors' code); summed over input channels (pool=abs: magnitudes), averaged over a cell",
         needs=("activations", "gradients", "input"), options=CellOptions(), place=cells_of_input,
     ),
 )  # fmt: skip

@@ -23,6 +23,8 @@ Mask = Literal["paper", "pgc", "torchcam"]
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
+SOFTMAX = "softmax over channels of the scores before any softmax over classes"
+
 EPSILON = 1e-8
 """What both libraries add to the range of a channel."""
 
@@ -36,7 +38,12 @@ class ScoreOptions(Options):
     """Masked inputs in one pass; changes rounding only."""
 
     def facts(self) -> dict[str, Any]:
-        return {} if self.mask == "paper" else {"edition": f"masks and softmax as {self.mask} has them"}
+        how = "enlarged, then stretched to 0...1" if self.mask == "paper" else f"as {self.mask} has them"
+        return {"edition": "; ".join([f"masks {how}", *self.changes(), SOFTMAX])}
+
+    def changes(self) -> tuple[str, ...]:
+        """What else is done with a mask, in words."""
+        return ()
 
 
 class SmoothScoreOptions(ScoreOptions):
@@ -48,12 +55,18 @@ class SmoothScoreOptions(ScoreOptions):
     on: Literal["mask", "input"] = "mask"
     """Where the noise is added: to the mask, or to the masked input."""
 
+    def changes(self) -> tuple[str, ...]:
+        return (f"noise on the {self.on}, the same for all channels of a tile, seeded",)
+
 
 class IntegratedScoreOptions(ScoreOptions):
     """Options of IS-CAM."""
 
     samples: int = Field(10, ge=1)
     """Steps of the integral."""
+
+    def changes(self) -> tuple[str, ...]:
+        return ("mean score along i / n of the mask, i = 1...n",)
 
 
 def constant_channels(a: Tensor) -> Tensor:
@@ -192,19 +205,19 @@ METHODS = (
     row(
         "scorecam", "Score-CAM", scorecam, "1",
         "Wang et al., Score-CAM, CVPR Workshops 2020", signed=False,
-        edition="masks enlarged, then stretched to 0...1; softmax over channels of the scores before any softmax over classes",
+        edition=ScoreOptions().facts()["edition"],
         needs=("activations", "input"), options=ScoreOptions(),
     ),
     row(
         "sscam", "SS-CAM", sscam, "1",
         "Wang et al., SS-CAM: Smoothed Score-CAM for Sharper Visual Feature Localization, arXiv:2006.14255", signed=False,
-        edition="noise on the mask, the same for all channels of a tile, seeded; softmax over channels",
+        edition=SmoothScoreOptions().facts()["edition"],
         needs=("activations", "input"), options=SmoothScoreOptions(),
     ),
     row(
         "iscam", "IS-CAM", iscam, "1",
         "Naidu et al., IS-CAM: Integrated Score-CAM for axiomatic-based explanations, arXiv:2010.03023", signed=False,
-        edition="mean score along i / n of the mask, i = 1...n; softmax over channels",
+        edition=IntegratedScoreOptions().facts()["edition"],
         needs=("activations", "input"), options=IntegratedScoreOptions(),
     ),
 )  # fmt: skip
