@@ -55,7 +55,7 @@ class Trust:
     sensitivity: Measured | None = None
     """Rank correlation of the maps for the highest and the lowest class."""
     robustness: Robustness | None = None
-    """None: the method uses no gradient."""
+    """None: the method uses no gradient of the layer or the input; one at attention matrices is not noised."""
 
 
 def measure(model: ModelAdapter, pixels: NDArray[Any], name: str, *, noise: float = NOISE) -> Trust:

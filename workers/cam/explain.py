@@ -68,7 +68,8 @@ def explain(
     gradient_noise
         Above 0: noise is added to every gradient before a method sees it, its standard deviation that share of the
         gradient's own, a function of each tile's seed; to measure robustness. The true gradient is then taken even
-        where the tail is a linear head. Methods that need no gradient are not touched.
+        where the tail is a linear head. Methods that need no gradient, or one at attention
+        matrices alone, are not touched.
     states
         Of the methods that need the whole image, from `workers.cam.reduce.solve`: one a target, or one for all.
 
