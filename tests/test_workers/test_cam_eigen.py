@@ -8,7 +8,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from schemas.errors import SpecError
+from schemas.errors import ModelError, SpecError
 from schemas.explanation import MapFlag
 from tests.test_workers.tiny_networks import classes, conv_net, tiles
 from workers.cam.capture import HookedNet
@@ -243,6 +243,11 @@ def test_kernel_matrices_are_held_a_few_at_a_time(monkeypatch: pytest.MonkeyPatc
     parts, doubts = kpcacam(a)
     assert torch.equal(whole, parts)
     assert torch.equal(doubt, doubts)
+
+
+def test_a_kernel_matrix_that_cannot_be_had_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"has 27000 cells, at most 8192.*eigencam"):
+        kpcacam(torch.zeros(1, 2, 30**3))
 
 
 def test_parts_add_up_over_tiles() -> None:

@@ -8,12 +8,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from schemas.errors import ModelError
 from workers.cam.eigen import Finite, arbitrary, centre_, larger_side, leading
 from workers.cam.method import Options, row
 from workers.cam.view import View
 
 AT_ONCE = 2**24
 """Entries of kernel matrices held together: 128 MiB in float64."""
+MOST_CELLS = 2**13
+"""Of a map: its kernel matrix is then 512 MiB, and its eigenvectors take minutes a tile."""
 
 
 class KernelOptions(Options):
@@ -48,7 +51,18 @@ def kpcacam(a: Tensor, options: KernelOptions | None = None) -> tuple[Tensor, Te
         `(B, Z)`.
     doubtful
         `(B,)`, see `workers.cam.eigen.arbitrary`, of the eigenvalues above 0 (the sigmoid kernel has others too).
+
+    Raises
+    ------
+    ModelError
+        More than `MOST_CELLS` cells.
     """
+    if a.shape[-1] > MOST_CELLS:
+        msg = (
+            f"method 'kpcacam' compares every cell with every other one; the layer has {a.shape[-1]} cells, at most "
+            f"{MOST_CELLS} are taken. Explain a coarser layer, or use method 'eigencam' with centred=true, its linear kernel"
+        )
+        raise ModelError(msg)
     options = options or KernelOptions()
     rows = Finite.of(a)
     some = max(1, AT_ONCE // a.shape[-1] ** 2)
