@@ -50,7 +50,8 @@ def in_turn(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     maps: dict[str, Any] = {}
     for n in range(rounds + warm):
-        for name, run in runs.items():
+        # There and back again: who comes first in a round does not gain or lose by it.
+        for name, run in list(runs.items())[:: -1 if n % 2 else 1]:
             took, maps[name] = timed(run)
             if n >= warm:
                 seconds[name].append(took)
@@ -62,24 +63,31 @@ def ratio(a: list[float], b: list[float]) -> tuple[float, list[float]]:
     return statistics.median(each), each
 
 
-def compare(name: str, rounds: int, batch: int, memory: bool) -> dict[str, Any]:
+def spread(each: list[float]) -> str:
+    """All of a few rounds; of many, the middle half."""
+    if len(each) <= 5:
+        return ", ".join(f"{r:.3f}" for r in each)
+    low, _, high = statistics.quantiles(each, n=4)
+    return f"middle half {low:.3f} to {high:.3f} of {len(each)} rounds"
+
+
+def compare(name: str, rounds: int, batch: int, memory: bool, among: list[str]) -> dict[str, Any]:
     """One network: every contender's seconds, difference and peak memory."""
     case = CASES[name]
     net, x = case.net(), case.x(batch)
-    runs = {n: prepared(n, case, net, x) for n in contenders(case)}
+    runs = {n: prepared(n, case, net, x) for n in contenders(case) if not among or n in among}
     seconds, maps = in_turn(runs, rounds)
     mine = maps["ours"]
     found: dict[str, Any] = {"seconds": seconds, "difference": {}, "batch": len(x), "tail": tail_share(case)}
     for n, theirs in maps.items():
         if theirs is not None and n not in ("ours", "ours, fast"):
             found["difference"][n] = difference(n, theirs, mine, case.tile[1:])
-    fast = maps["ours, fast"]
-    found["fast"] = {
-        "rank": statistics.mean(
+    fast = maps.get("ours, fast")
+    if fast is not None:
+        ranks = [
             float(spearmanr(a, b).statistic) for a, b in zip(fast.flatten(1), mine.flatten(1), strict=True)
-        ),
-        "l2": float((fast - mine).norm() / mine.norm()),
-    }
+        ]
+        found["fast"] = {"rank": statistics.mean(ranks), "l2": float((fast - mine).norm() / mine.norm())}
     found["memory"] = {n: peak_memory(name, n) for n in runs} if memory else {}
     return found
 
@@ -104,10 +112,10 @@ def report(name: str, found: dict[str, Any]) -> None:
         f"{'':20}{'s: median (min-max)':>24}{'tiles/s':>9}{'x bare':>8}{'x ours':>8}{'MiB/tile':>10}{'largest difference':>20}"
     )
     for n, took in seconds.items():
-        spread = f"{statistics.median(took):.3f} ({min(took):.3f}-{max(took):.3f})"
+        seconds_text = f"{statistics.median(took):.3f} ({min(took):.3f}-{max(took):.3f})"
         memory, differ = found["memory"].get(n), found["difference"].get(n)
         print(
-            f"{n:20}{spread:>24}{batch / statistics.median(took):>9.1f}{ratio(took, seconds['bare'])[0]:>8.3f}"
+            f"{n:20}{seconds_text:>24}{batch / statistics.median(took):>9.1f}{ratio(took, seconds['bare'])[0]:>8.3f}"
             f"{ratio(took, seconds['ours'])[0]:>8.3f}{'' if memory is None else f'{memory:.1f}':>10}"
             f"{'' if differ is None else f'{differ:.1e}':>20}"
         )
@@ -121,11 +129,12 @@ def report(name: str, found: dict[str, Any]) -> None:
     ):
         if a in seconds and b in seconds:
             median, each = ratio(seconds[a], seconds[b])
-            print(f"  {wanted:42}{median:.3f}  ({', '.join(f'{r:.3f}' for r in each)})")
-    fast = found["fast"]
-    print(
-        f"  fast against fp32: rank correlation {fast['rank']:.4f} (>= 0.99), relative L2 {fast['l2']:.1e} (<= 2e-2)"
-    )
+            fastest = min(seconds[a]) / min(seconds[b])
+            print(f"  {wanted:42}{median:.3f}  ({spread(each)}; of the fastest {fastest:.3f})")
+    if fast := found.get("fast"):
+        print(
+            f"  fast against fp32: rank correlation {fast['rank']:.4f} (>= 0.99), relative L2 {fast['l2']:.1e} (<= 2e-2)"
+        )
 
 
 def bound(found: dict[str, Any]) -> float:
@@ -157,7 +166,7 @@ def costly(rounds: int, which: list[str]) -> dict[str, Any]:
         found[label] = {"seconds": seconds, "difference": differ}
 
     if "eigen" in which:
-        a = torch.randn(4, 2048, 7, 7, generator=torch.Generator().manual_seed(0)).relu()
+        a = torch.randn(16, 2048, 7, 7, generator=torch.Generator().manual_seed(0)).relu()
         library = pytorch_grad_cam()
         project = library.utils.svd_on_activations.get_2d_projection
         runs: dict[str, Run] = {
@@ -259,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help=f"of {', '.join((*CASES, *COSTLY))}, separated by commas")
+    parser.add_argument("--among", default="", help="contenders, separated by slashes; default: all")
     parser.add_argument(
         "--batch", type=int, default=0, help="tiles; default: 32, volumes 4, ViT-B 8, on a GPU 256"
     )
@@ -280,7 +290,9 @@ def main() -> None:
             flush=True,
         )
         for name in [n for n in CASES if n in only]:
-            found[name] = compare(name, args.rounds, args.batch, not args.no_memory)
+            found[name] = compare(
+                name, args.rounds, args.batch, not args.no_memory, args.among.split("/") if args.among else []
+            )
             report(name, found[name])
         found["costly"] = costly(args.rounds, only)
         report_costly(found["costly"])
