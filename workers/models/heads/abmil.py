@@ -73,7 +73,7 @@ class AttentionHead(PartsHead):
 
     published: ClassVar[Names] = (
         (
-            r"(?:feature|feature_extractor_part2|patch_to_emb|projection)\.0\.(weight|bias)",
+            r"(?:feature|feature_extractor_part2|patch_to_emb)\.0\.(weight|bias)",
             r"projection.0.\1",
         ),
         (r"(?:online_encoder\.attention\.)?attention(?:_a|_V)?\.0\.(weight|bias)", r"attend.inner.\1"),

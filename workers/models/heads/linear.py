@@ -202,9 +202,10 @@ def logistic(
     found = minimize(
         loss, start, jac=True, method="L-BFGS-B", options={"maxiter": iterations, "gtol": 1e-6, "ftol": 1e-14}
     )
-    if found.nit >= iterations:
+    # a line search that can gain nothing more is no success to scipy, though the end is reached
+    if not found.success and np.abs(found.jac).max() > 1e-6 * strength * len(values):
         msg = (
-            f"logistic regression of {len(values)} samples did not converge in {iterations} iterations; allow more, or a "
+            f"logistic regression of {len(values)} samples did not converge in {found.nit} iterations; allow more, or a "
             f"lower strength than {strength:g}"
         )
         raise ModelError(msg)

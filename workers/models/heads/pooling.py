@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from workers.cam.bag import BagParts
@@ -28,7 +27,7 @@ class MeanHead(PartsHead):
 
     def attention(self, h: Tensor) -> Tensor:
         """`(1, N)`: 1 / N everywhere."""
-        return torch.full((1, len(h)), 1 / len(h), dtype=self.classifier.weight.dtype, device=h.device)
+        return self.parts(h).attention
 
     def parts(self, h: Tensor) -> BagParts:
         f = self.project(h)
