@@ -151,15 +151,16 @@ class BagView:
             a = sums.attention
             rise = a * (d_energies * (sums.evidence - sums.mean) + d_evidence)
             return rise @ self.wide.T
-        start = torch.zeros_like(self.h[:1]) if baseline is None else baseline.to(self.h)
-        x = start + at * (self.h - start)
-        way = self._cast(self.h) - self._cast(start)
-        return torch.stack([(way * self._gradient(x, t)).double().sum(1) for t in self.targets], dim=1)
+        h = self._cast(self.h)
+        start = torch.zeros_like(h[:1]) if baseline is None else self._cast(baseline)
+        way = h - start
+        x = start + at * way
+        return torch.stack([(way * g).double().sum(1) for g in self._gradients(x, self.targets)], dim=1)
 
     def gradient(self, target: int) -> Tensor:
         """`(N, D)` gradient of one target with respect to the features, in the head's precision."""
         if self.sums is None:
-            return self._gradient(self.h, self.targets[target])
+            return self._gradients(self.h, self.targets[target : target + 1])[0]
         sums, w = self.sums, self.wide[target]
         to_evidence = (sums.attention * w).to(self.dtype)
         to_energies = (sums.attention * (sums.evidence - sums.mean) * w).to(self.dtype)
@@ -172,10 +173,14 @@ class BagView:
                 found[rows] = _backward(y, leaf)
         return found
 
-    def _gradient(self, h: Tensor, target: Tensor) -> Tensor:
+    def _gradients(self, h: Tensor, targets: Tensor) -> list[Tensor]:
         with frozen(self.head):
             leaf = self._cast(h).clone().requires_grad_()
-            return _backward(self.head(leaf) @ target, leaf)
+            logits = self.head(leaf)
+            return [
+                _backward(logits @ target, leaf, retain=t + 1 < len(targets))
+                for t, target in enumerate(targets)
+            ]
 
     def _read(self, at: float, baseline: Tensor | None, *, slopes: bool) -> tuple[Sums, Tensor, Tensor]:
         """Numbers of every tile at a point of the line, and (if `slopes`) their derivatives along it."""
@@ -191,7 +196,10 @@ class BagView:
                 elif at != 1:
                     x = at * way
                 if slopes:
-                    values, rises = torch.func.jvp(self._numbers, (x,), (way,))
+                    with warnings.catch_warnings():
+                        # torch scripts decompositions of its own when forward mode is first used, and warns of that
+                        warnings.simplefilter("ignore", DeprecationWarning)
+                        values, rises = torch.func.jvp(self._numbers, (x,), (way,))
                     found.append(tuple(v.double() for v in (*values, *rises)))
                 else:
                     found.append(tuple(v.double() for v in self._numbers(x)))
@@ -218,28 +226,17 @@ class BagView:
     def _proved(self) -> BagParts:
         """Parts of the first tiles, held against the forward pass and against those of fewer tiles."""
         h = self._cast(self.h[:PROOF])
-        few = h[: max(1, len(h) // 2)]
         with frozen(self.head), torch.no_grad():
-            said, parts, of_few = self.head(h), self.head.parts(h), self.head.parts(few)
-        evidence = parts.values @ parts.weight.T
-        terms = parts.attention.T * evidence
-        size = terms.abs().sum(0) + parts.bias.abs() + 1e-30
-        tolerance = 1e3 * torch.finfo(self.dtype).eps
-        same = bool(((terms.sum(0) + parts.bias - said).abs() <= tolerance * size).all())
-        if same and parts.energies is not None:
-            alone = of_few.values @ of_few.weight.T
-            near = {"rtol": 10 * tolerance, "atol": 10 * tolerance * float(evidence.abs().max())}
-            same = torch.allclose(parts.energies.softmax(1), parts.attention, rtol=tolerance, atol=1e-30)
-            same = same and torch.allclose(evidence[: len(few)], alone, **near)
-            near["atol"] = 10 * tolerance * float(parts.energies.abs().max())
-            same = same and torch.allclose(parts.energies[:, : len(few)], of_few.energies, **near)
-        if not same and bool(said.isfinite().all()):
-            msg = (
-                f"{type(self.head).__name__}: parts() is not what forward() computes; its sum over tiles must be the logits, "
-                "and energies be given only where a tile's numbers do not depend on the others"
-            )
-            raise ModelError(msg)
-        return parts  # type: ignore[no-any-return]
+            said: Tensor = self.head(h)
+            parts: BagParts = self.head.parts(h)
+            few: BagParts = self.head.parts(h[: max(1, len(h) // 2)])
+            if not _sums_to(said, parts, few) and bool(said.isfinite().all()):
+                msg = (
+                    f"{type(self.head).__name__}: parts() is not what forward() computes; its sum over tiles must be the "
+                    "logits, and energies be given only where a tile's numbers do not depend on the others"
+                )
+                raise ModelError(msg)
+        return parts
 
     def _together(self, bags: list[Tensor]) -> Tensor:
         with frozen(self.head), torch.no_grad(), warnings.catch_warnings():
@@ -282,9 +279,27 @@ def bag_gradient(head: nn.Module, h: Tensor, target: Tensor) -> Tensor:
     return BagView(head, h, target[None]).gradient(0)
 
 
-def _backward(y: Tensor, leaf: Tensor) -> Tensor:
+def _sums_to(logits: Tensor, parts: BagParts, few: BagParts) -> bool:
+    """Whether parts make up the logits, and those that claim it are each tile's own: as in a bag of fewer tiles."""
+    tolerance = 1e3 * torch.finfo(logits.dtype).eps
+    evidence = parts.values @ parts.weight.T
+    terms = parts.attention.T * evidence
+    size = terms.abs().sum(0) + parts.bias.abs()
+    if bool(((terms.sum(0) + parts.bias - logits).abs() > tolerance * size).any()):
+        return False
+    if parts.energies is None or few.energies is None:
+        return parts.energies is few.energies
+    pairs = (
+        (parts.energies.softmax(1), parts.attention),
+        (parts.energies[:, : few.energies.shape[1]], few.energies),
+        (evidence[: len(few.values)], few.values @ few.weight.T),
+    )
+    return all(bool(((a - b).abs() <= tolerance * b.abs().amax()).all()) for a, b in pairs)
+
+
+def _backward(y: Tensor, leaf: Tensor, *, retain: bool = False) -> Tensor:
     if not y.requires_grad:
         msg = "the bag's logits do not depend on the features: the head detaches them, or runs in inference mode"
         raise ModelError(msg)
-    (gradient,) = torch.autograd.grad(y, leaf)
+    (gradient,) = torch.autograd.grad(y, leaf, retain_graph=retain)
     return gradient

@@ -56,10 +56,7 @@ def patching(bag: BagView, control: Tensor, tiles: Sequence[int] | None = None) 
 def estimated_patching(bag: BagView, control: Tensor, rule: LinearRule | None = None) -> Tensor:
     """`patching` of all tiles to first order, `(N, T)` float64: from the gradient, or under a rule of relevance."""
     way = bag.h.double() - _like(bag, control).double()
-    if rule is None:
-        slopes = [bag.gradient(t) for t in range(len(bag.targets))]
-    else:
-        slopes = coefficients(bag, rule)
+    slopes = [bag.gradient(t) for t in range(len(bag.targets))] if rule is None else coefficients(bag, rule)
     return torch.stack([(way * slope.double()).sum(1) for slope in slopes], dim=1)
 
 

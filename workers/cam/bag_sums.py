@@ -45,7 +45,7 @@ class Sums:
         """For every tile the sums over all others, `(N, C)` each; nothing where it is the only one."""
         top, first = self.energies.max(0)
         share = (self.energies - top).exp()
-        rest = Partial(top.expand_as(share), _exclusive(share), _exclusive(share * self.evidence))
+        rest = Partial(top.expand_as(share).clone(), _exclusive(share), _exclusive(share * self.evidence))
         # beside a tile with far the largest energy the others vanish; without it they must not
         for c, i in enumerate(first.tolist()):
             others = torch.arange(len(share), device=share.device) != i
