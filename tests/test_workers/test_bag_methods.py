@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_relevance_is_conserved(name: str, options: str) -> None:
 @pytest.mark.parametrize("name", ["linear", "mean", "abmil", "abmil_gated", "clam_mb"])
 def test_relevance_without_biases_is_the_contribution(name: str) -> None:
     """Attention a constant, a ReLU layer without bias: `R_i = a_i (v_i . w_c)` (xMIL, section 3)."""
-    head = tiny_head(name)
+    head: Any = tiny_head(name)
     if hasattr(head, "projection") and not isinstance(head.projection, nn.Identity):
         nn.init.zeros_(head.projection[0].bias)
     bag = BagView(head, features(), torch.eye(3))

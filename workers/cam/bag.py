@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class BagView:
             msg = f"the bag has features of shape {tuple(h.shape)}; expected (tiles, numbers a tile), at least one tile"
             raise ModelError(msg)
         like = next(head.parameters(), torch.empty(0))
-        self.head = head
+        self.head: Any = head  # what it has beyond forward is its own choice
         self.h = h.detach()
         self.dtype = like.dtype
         self.device = like.device
@@ -199,8 +200,8 @@ class BagView:
                     with warnings.catch_warnings():
                         # torch scripts decompositions of its own when forward mode is first used, and warns of that
                         warnings.simplefilter("ignore", DeprecationWarning)
-                        values, rises = torch.func.jvp(self._numbers, (x,), (way,))
-                    found.append(tuple(v.double() for v in (*values, *rises)))
+                        values, rises_of = torch.func.jvp(self._numbers, (x,), (way,))[:2]
+                    found.append(tuple(v.double() for v in (*values, *rises_of)))
                 else:
                     found.append(tuple(v.double() for v in self._numbers(x)))
             bias = self.head.parts(x[:1]).bias.double()
@@ -242,7 +243,8 @@ class BagView:
         with frozen(self.head), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says where it is slow
             if len(bags) > 1 and self._batches:
-                return torch.func.vmap(self.head)(self._cast(torch.stack(bags))).double()
+                together: Tensor = torch.func.vmap(self.head)(self._cast(torch.stack(bags)))
+                return together.double()
             return torch.stack([self.head(self._cast(bag)) for bag in bags]).double()
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -69,18 +70,20 @@ def _propagate(bag: BagView, h: Tensor, rule: LinearRule) -> tuple[list[Tensor],
             logits = torch.func.functional_call(bag.head, tokens, (leaf,))
         beside, biases = list(tokens.values()), rules.biases
         found, cls, bias = [], [], []
+        nothing = leaf.new_zeros((), dtype=torch.float64)
         for t, target in enumerate(bag.targets):
-            coefficient, *others = torch.autograd.grad(
+            gradients: Sequence[Tensor | None] = torch.autograd.grad(
                 logits @ target,
                 [leaf, *beside, *biases],
                 retain_graph=t + 1 < len(bag.targets),
                 allow_unused=True,
             )
+            coefficient, *others = gradients
             found.append(torch.zeros_like(leaf) if coefficient is None else coefficient)
             taken = [
-                leaf.new_zeros((), dtype=torch.float64) if g is None else (p.detach() * g).double().sum()
+                nothing if g is None else (p.detach() * g).double().sum()
                 for p, g in zip([*beside, *biases], others, strict=True)
             ]
-            cls.append(sum(taken[: len(beside)], leaf.new_zeros((), dtype=torch.float64)))
-            bias.append(sum(taken[len(beside) :], leaf.new_zeros((), dtype=torch.float64)))
+            cls.append(sum(taken[: len(beside)], nothing))
+            bias.append(sum(taken[len(beside) :], nothing))
     return found, torch.stack(cls), torch.stack(bias)

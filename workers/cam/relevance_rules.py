@@ -3,7 +3,8 @@
 A rule says through which `z'` the relevance of an output `z` flows back. Written as `z' * stop(z / z')`, the forward value
 is the network's own and an ordinary backward pass does the rest: the relevance of `z` is `z * c(z)`, its share of an input
 `a * dz'/da * z c(z) / z'` (Bach et al., PLOS ONE 2015; in one pass: Ali et al., ICML 2022; RelP: Jafari et al., 2025).
-The rules are put in from outside, in `with RelevanceRules(...)`: a network needs no second edition of its layers.
+LRP is patented: see `workers.cam.relevance`, which is the same for the layers of CNN encoders, as relevance and not as a
+gradient. The rules are put in from outside, in `with RelevanceRules(...)`: a network needs no second edition of its layers.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class RelevanceRules(TorchFunctionMode):
         **options: Any,
     ) -> Tensor:
         changed, kept = self.rule.modified(weight, bias)
-        modified = func(x, changed, self._leaf(kept), *rest, **options)
+        leaf = None if kept is None else self._leaf(kept)
+        modified = func(x, changed, leaf, *rest, **options)
         if self.rule.plain:
             return modified
         z = func(x, weight, bias, *rest, **options)
@@ -135,9 +137,7 @@ class RelevanceRules(TorchFunctionMode):
             flow = flow + self._leaf(bias)
         return z.detach() + (flow - flow.detach())
 
-    def _leaf(self, bias: Tensor | None) -> Tensor | None:
-        if bias is None:
-            return None
+    def _leaf(self, bias: Tensor) -> Tensor:
         leaf = bias.detach().clone().requires_grad_()
         self.biases.append(leaf)
         return leaf

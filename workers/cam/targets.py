@@ -252,7 +252,7 @@ def functionals(
 
 
 def _index(scores: Tensor, target: Target) -> Tensor:
-    if isinstance(target, TileTarget) or target.index is not None:
+    if target.index is not None:
         return torch.full((len(scores),), target.index, dtype=torch.long, device=scores.device)
     assert isinstance(target, ResolvedTarget)
     return (scores[:, 0] > 0).long() if target.single_logit else scores.argmax(1)
