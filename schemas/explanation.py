@@ -9,7 +9,11 @@ from pydantic import Field
 
 from schemas.frozen import Frozen
 
-Need = Literal["activations", "gradients", "tail", "input", "weights", "attention", "slide_reduce"]
+Need = Literal[
+    "activations", "gradients", "tail", "input", "weights", "attention", "slide_reduce", "parts", "forwards", "head"
+]  # fmt: skip
+"""What a method asks of a network; of a bag head: `parts` (the logits as a sum over tiles), `attention`, `gradients`,
+`forwards` (of other bags), `head` (its layers)."""
 Unit = Literal["logit", "logit/cell", "score", "score/cell", "1"]
 """A method's table says `logit`; where the network's scores are no logits, its channels say `score`."""
 Precision = Literal["fp32", "fast-fp32", "fast-bf16"]
