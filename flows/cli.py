@@ -16,15 +16,18 @@ import typer
 from flows.options import (
     Address,
     AsJson,
+    BagMethods,
     Batch,
     CellCentres,
     Channel,
     Direct,
     Downsample,
     Edge,
+    Features,
     ImageIdStyle,
     Images,
     Importance,
+    Inside,
     Layer,
     Mask,
     Methods,
@@ -94,7 +97,8 @@ def inspect(image: Images, mpp: Mpp = None, spacing: Spacing = "", channel: Chan
 
 
 @app.command()
-def plan(image: Images, model: ModelCardPath, out: Out = "out", method: Methods = "gradcam",
+def plan(image: Images, model: ModelCardPath, out: Out = "out", method: Methods = "",
+         bag_method: BagMethods = "", inside: Inside = "all", features: Features = "",
          target: Targets = "", mpp: Mpp = None, spacing: Spacing = "", channel: Channel = None,
          time: TimePoint = None, layer: Layer = "", tile: Tile = "", overlap: Overlap = 0.0,
          edge: Edge = "shift", tissue: Tissue = "auto", region: Region = "", mask: Mask = "",
@@ -107,7 +111,8 @@ def plan(image: Images, model: ModelCardPath, out: Out = "out", method: Methods 
     """Print tiles, units, bytes, memory and estimated time; compute nothing."""
     request = explain_request(locals())
     from flows.batch import list_images
-    from workers.planner import measure_rate, open_model, plan_image, summarise
+    from workers.costs import measure_rate, summarise
+    from workers.planner import open_model, plan_image
 
     settings = pool_settings("serial", "", workers, None)
     images = list_images(request)
@@ -136,8 +141,9 @@ def plan(image: Images, model: ModelCardPath, out: Out = "out", method: Methods 
 
 
 @app.command()
-def explain(image: Images, model: ModelCardPath, out: Out, method: Methods = "gradcam",
-            target: Targets = "", mpp: Mpp = None, spacing: Spacing = "", channel: Channel = None,
+def explain(image: Images, model: ModelCardPath, out: Out, method: Methods = "",
+            bag_method: BagMethods = "", inside: Inside = "all", features: Features = "",
+         target: Targets = "", mpp: Mpp = None, spacing: Spacing = "", channel: Channel = None,
             time: TimePoint = None, layer: Layer = "", tile: Tile = "", overlap: Overlap = 0.0,
             edge: Edge = "shift", tissue: Tissue = "auto", region: Region = "", mask: Mask = "",
             batch: Batch = 32, unit: Unit = None, importance: Importance = "hann",
@@ -161,16 +167,21 @@ def explain(image: Images, model: ModelCardPath, out: Out, method: Methods = "gr
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
-    """List every CAM method: name, unit, what it needs, citation."""
+    """List every CAM method and every bag method: name, unit, what it needs, citation."""
+    from workers.cam.bag_methods import BAG_METHODS
     from workers.cam.methods import METHODS
 
-    rows = [row.info for row in METHODS.values()]
+    rows = {
+        "--method": [row.info for row in METHODS.values()],
+        "--bag-method": [row.info for row in BAG_METHODS.values()],
+    }
     if as_json:
-        print(json.dumps([row.model_dump(mode="json") for row in rows]))
+        print(json.dumps([{"flag": f, **r.model_dump(mode="json")} for f, infos in rows.items() for r in infos]))
         return
     from flows.tables import method_table, print_table
 
-    print_table(method_table(rows))
+    for flag, infos in rows.items():
+        print_table(method_table(infos, flag))
 
 
 @app.command()

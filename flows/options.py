@@ -24,7 +24,35 @@ Images = Annotated[
 ModelCardPath = Annotated[str, typer.Option("--model", help="Model card (model.toml).")]
 Out = Annotated[str, typer.Option("--out", help="Folder for the results; made if absent.")]
 Methods = Annotated[
-    str, typer.Option("--method", help="CAM methods, comma separated; gigacam methods lists them.")
+    str,
+    typer.Option(
+        "--method",
+        help="CAM methods, comma separated; gigacam methods lists them. Default: gradcam; inside the tiles of a bag hirescam.",
+    ),
+]
+BagMethods = Annotated[
+    str,
+    typer.Option(
+        "--bag-method",
+        help="Of a model with a bag head: what each tile gave to the slide's score, comma separated; gigacam methods lists "
+        "them. Default: contribution, or gradient_input where the head has none.",
+    ),
+]
+Features = Annotated[
+    str,
+    typer.Option(
+        "--features",
+        help="Features made elsewhere (.h5 of CLAM or TRIDENT, with coords): the file, or a folder with one named like each "
+        "image. Default: the tiles are embedded here.",
+    ),
+]
+Inside = Annotated[
+    str,
+    typer.Option(
+        "--inside",
+        help="Tiles of a bag explained inside by --method: all, none, a share of largest relevance by the first bag "
+        "method such as 0.1, or 0.1+0.02 with a random sample of the rest.",
+    ),
 ]
 Targets = Annotated[
     str,
@@ -147,9 +175,10 @@ def explain_request(flags: dict[str, Any]) -> ExplainRequest:
     """Flags by name, as the command received them -> the request; SpecError names the flag that is wrong."""
     from pydantic import ValidationError
 
+    from schemas.bag import InsideSpec
     from schemas.run import ExplainRequest
 
-    if not words(flags["method"]):
+    if flags["method"] and not words(flags["method"]):
         msg = f"--method {flags['method']!r}: names no method; gigacam methods lists them"
         raise SpecError(msg)
     heatmap = {k: flags[k] for k in ("importance", "downsample") if flags[k] != _DEFAULTS[k]}
@@ -158,6 +187,8 @@ def explain_request(flags: dict[str, Any]) -> ExplainRequest:
         "model": flags["model"],
         "out": flags["out"],
         "methods": words(flags["method"]),
+        "bag_methods": words(flags["bag_method"]),
+        "inside": InsideSpec.parse(flags["inside"]) if flags["inside"] != _DEFAULTS["inside"] else None,
         "targets": words(flags["target"]),
         "tile": _tile(flags["tile"]),
         "read": read_options(flags["mpp"], flags["spacing"], flags["channel"], flags["time"]),
@@ -170,11 +201,11 @@ def explain_request(flags: dict[str, Any]) -> ExplainRequest:
     try:
         return ExplainRequest.model_validate(values)
     except ValidationError as error:
-        raise SpecError(_flag_errors(error)) from error
+        raise SpecError(flag_errors(error)) from error
 
 
 _DEFAULTS: dict[str, Any] = {
-    "importance": "hann", "downsample": None, "layer": "", "overlap": 0.0, "edge": "shift", "tissue": "auto",
+    "inside": "all", "features": "", "importance": "hann", "downsample": None, "layer": "", "overlap": 0.0, "edge": "shift", "tissue": "auto",
     "region": "", "mask": "", "batch": 32, "unit": None, "cell_centres": "receptive_field", "precision": "fp32",
     "allow_upsampling": False, "fresh": False, "retry_failed": False, "strict": False, "image_id": "stem",
 }  # fmt: skip
@@ -185,7 +216,7 @@ _FLAGS = {"kind": "pool", "address": "ray-address"}
 """Fields whose flag has another name."""
 
 
-def _flag_errors(error: Any) -> str:
+def flag_errors(error: Any) -> str:
     lines = []
     for item in error.errors():
         name = [part for part in item["loc"] if isinstance(part, str)][-1]
@@ -203,7 +234,7 @@ def pool_settings(kind: str, address: str, workers: int | None, threads: int | N
     try:
         return PoolSettings(kind=kind, address=address, workers=workers, threads=threads)
     except ValidationError as error:
-        raise SpecError(_flag_errors(error)) from error
+        raise SpecError(flag_errors(error)) from error
 
 
 def read_options(mpp: float | None, spacing: str, channel: int | None, time: int | None) -> ReadOptions:

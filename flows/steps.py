@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.blocks import BlockOrder
+from flows.first_pass import collect_and_solve, embed_and_attribute, forget_failed
 from flows.progress import Event
 from schemas.errors import GigacamError, StoreError
 from schemas.frozen import digest
@@ -15,22 +16,24 @@ from schemas.image import ImageRequest
 from schemas.run import (
     BlockTask,
     ExplainRequest,
-    GroupTask,
     ImageReport,
     PoolSettings,
     Report,
-    SolveTask,
     UnitTask,
 )
+from workers.attributor import AttributeInit, Attributor
+from workers.embedder import Embedder
 from workers.explainer import Explainer, ExplainInit
+from workers.inside import InsideExplainer
 from workers.planner import Job, Model, plan_image
-from workers.pool import Pool, Stage
+from workers.pool import Pool, Stage, Worker
 from workers.provenance import keep_rate, versions
 from workers.publisher import drop_derived, finished_report, predictions, publish_heatmap, write_image_report
 from workers.readers import open_image
 from workers.reducer import Collector, SolveInit, Solver
 from workers.stitcher import Stitcher, StitchInit
 from workers.stitching.grid import block_dependencies
+from workers.store.bags import Bag
 from workers.store.heatmap import HeatmapStore
 from workers.store.reductions import Reductions
 from workers.store.tiles import TilesStore
@@ -88,11 +91,9 @@ def _compute(
     notes = list(job.notes)
     tiles, heatmap = _stores(job, request)
     sums = Reductions(tiles.path, tiles.info, "r+") if tiles.info.reductions else None
+    bag = Bag(tiles.path, tiles.info, "r+") if tiles.info.features else None
     if request.retry_failed:
-        if sums is not None:
-            sums.retry()
-        heatmap.clear_blocks(tiles.retry_boxes())
-        tiles.reset_failed()
+        forget_failed(tiles, heatmap, bag, sums)
     if heatmap.pending_blocks():
         drop_derived(job.folder)
     elif earlier := finished_report(job.folder, job.heatmap.run_id):
@@ -100,13 +101,19 @@ def _compute(
         provenance = {**earlier.provenance, "tiles_this_run": 0}
         found = {"image": job.request.uri, "output": str(job.folder), "provenance": provenance}
         return earlier.model_copy(update=found)
-    stages = _Stages(job, model, settings, tiles, heatmap)
-    run = _Run(job, name, pool, stages, tiles, heatmap, tell)
+    stages = Stages(job, model, settings, tiles, heatmap)
+    run = Run(job, name, pool, stages, tiles, heatmap, tell)
     seconds = {}
+    decided = None
     if sums is not None:
         clock = time.perf_counter()
-        run.collect_and_solve(sums)
+        collect_and_solve(run, sums)
         seconds["collect+solve"] = time.perf_counter() - clock
+    if bag is not None:
+        clock = time.perf_counter()
+        decided = embed_and_attribute(run, bag, tiles)
+        notes.append(decided.line)
+        seconds["embed+attribute"] = time.perf_counter() - clock
     clock = time.perf_counter()
     run.explain_and_stitch()
     seconds |= {"explain+stitch": time.perf_counter() - clock, **run.seconds}
@@ -131,7 +138,9 @@ def _compute(
     finally:
         reader.close()
     seconds["export"] = time.perf_counter() - clock
-    if run.tiles_computed and run.seconds.get("explain"):
+    cam = job.tiles.spec.cam
+    every = bool(cam.methods) and cam.inside.every  # else tiles were done that no network saw
+    if every and run.tiles_computed and run.seconds.get("explain"):
         for device in run.devices:
             keep_rate(digest(model.facts.card), device, run.tiles_computed / run.seconds["explain"])
     counts = tiles.counts()
@@ -159,6 +168,7 @@ def _compute(
         notes=tuple(dict.fromkeys([*notes, *run.notes])),
         flags=tiles.flag_counts(),
         states=tuple(states),
+        bag=decided,
         provenance={
             "tiles_id": job.tiles.tiles_id,
             "run_id": job.heatmap.run_id,
@@ -197,7 +207,7 @@ def _gap_line(job: Job, failed: int, planned: int, first: str, lost: list[str]) 
     return f"{job.request.uri}: {lost[0]}" if lost else ""
 
 
-class _Stages:
+class Stages:
     """The stages of one image, each with its frozen init value."""
 
     def __init__(
@@ -208,7 +218,12 @@ class _Stages:
         explain = ExplainInit(tiles=path, tiles_id=tiles_id, model=model.path, threads=threads)
         self.collect = Stage("collect", Collector, explain, "device")
         self.solve = Stage("solve", Solver, SolveInit(tiles=path, tiles_id=tiles_id, threads=threads), "cpu")
-        self.explain = Stage("explain", Explainer, explain, "device")
+        worker: type[Worker] = InsideExplainer if job.tiles.features else Explainer
+        self.explain = Stage("explain", worker, explain, "device")
+        self.embed = Stage("embed", Embedder, explain, "device")
+        self._attribute = AttributeInit(
+            tiles=path, tiles_id=tiles_id, model=model.path, encoder="", threads=threads
+        )
         self.stitch = Stage(
             "stitch",
             Stitcher,
@@ -216,8 +231,13 @@ class _Stages:
             "cpu",
         )
 
+    def attribute(self, encoder: str) -> Stage:
+        """The stage that decides a bag; `encoder` says how its features are known to be the encoder's."""
+        init = self._attribute.model_copy(update={"encoder": encoder})
+        return Stage("attribute", Attributor, init, "cpu")
 
-class _Run:
+
+class Run:
     """Explain what is still to do, and write each block as soon as its last tile is there."""
 
     def __init__(
@@ -225,12 +245,12 @@ class _Run:
         job: Job,
         name: str,
         pool: Pool,
-        stages: _Stages,
+        stages: Stages,
         tiles: TilesStore,
         heatmap: HeatmapStore,
         tell: Callable[[Event], None],
     ) -> None:
-        self._job, self._name, self._pool, self._stages, self._tell = job, name, pool, stages, tell
+        self.job, self.name, self.pool, self.stages, self.tell = job, name, pool, stages, tell
         self._tiles, self._heatmap = tiles, heatmap
         self.pending = tiles.pending_units()
         plan = job.plan
@@ -248,70 +268,42 @@ class _Run:
         self.tiles_computed = 0
         self._began = time.perf_counter()
 
-    def collect_and_solve(self, sums: Reductions) -> None:
-        """Sum over all tiles and solve, where no earlier run did: nothing can be explained before."""
-        self.lost += [
-            f"group {group}: given up by an earlier run, so that its tiles did not enter; --fresh sums anew"
-            for group in sums.given_up()
-        ]
-        groups = sums.pending_groups() if self.pending and sums.unsolved() else []
-        done, failed, total = 0, 0, sum(len(sums.rows(group)) for group in groups)
-        began = time.perf_counter()
-        for report in self._pool.run(self._stages.collect, [GroupTask(group=group) for group in groups]):
-            assert isinstance(report.task, GroupTask)
-            if report.error:
-                sums.fail_group(report.task.group)
-                self.lost.append(f"{report.key}: {report.error}")
-            self._note("collect", report)
-            rows = len(sums.rows(report.task.group))
-            done, failed = done + rows, failed + (rows if report.error else report.failed)
-            rate = done / max(1e-9, time.perf_counter() - began)
-            self._tell(Event(self._name, "collect", done, total, failed, rate))
-        unsolved = sums.unsolved() if self.pending else []
-        for report in self._pool.run(self._stages.solve, [SolveTask(method=name) for name in unsolved]):
-            if report.error:
-                msg = f"{self._job.request.uri}: {report.key}: {report.error}"
-                raise GigacamError(msg)
-            self._note("solve", report)
-        if not sums.unsolved():
-            sums.drop_collected()
-
     def explain_and_stitch(self) -> None:
         self._stitch(self._order.ready())
         counts = self._tiles.counts()
         done, failed, total = counts.done + counts.failed, counts.failed, counts.planned
         tasks = [UnitTask(unit=unit) for unit in self.pending]
-        self._tell(Event(self._name, "explain", done, total, failed))
-        for report in self._pool.run(self._stages.explain, tasks):
+        self.tell(Event(self.name, "explain", done, total, failed))
+        for report in self.pool.run(self.stages.explain, tasks):
             assert isinstance(report.task, UnitTask)
             unit, given_up = report.task.unit, report.failed
             if report.error:
                 self._tiles.fail_unit(unit, report.error)
                 self.lost.append(f"{report.key}: {report.error}")
                 given_up = len(self._tiles.unit_rows(unit))
-            self._note("explain", report)
+            self.note("explain", report)
             self.tiles_computed += report.done
             done, failed = done + report.done + given_up, failed + given_up
             rate = self.tiles_computed / max(1e-9, time.perf_counter() - self._began)
-            self._tell(Event(self._name, "explain", min(done, total), total, failed, rate))
+            self.tell(Event(self.name, "explain", min(done, total), total, failed, rate))
             self._stitch(self._order.unit_done(unit))
 
     def _stitch(self, tasks: list[BlockTask]) -> None:
         while tasks:
             released: list[BlockTask] = []
-            for report in self._pool.run(self._stages.stitch, tasks):
+            for report in self.pool.run(self.stages.stitch, tasks):
                 assert isinstance(report.task, BlockTask)
                 if report.error:
                     self.lost.append(f"{report.key}: {report.error}")
                     self.blocks_lost = True
                     continue
                 stage = "downsample" if report.task.level else "stitch"
-                self._note(stage, report)
+                self.note(stage, report)
                 released += self._order.block_done(report.task)
-                self._tell(Event(self._name, stage, self._order.done, self._order.total))
+                self.tell(Event(self.name, stage, self._order.done, self._order.total))
             tasks = released
 
-    def _note(self, stage: str, report: Report) -> None:
+    def note(self, stage: str, report: Report) -> None:
         self.notes.extend(report.notes)
         self.devices |= {report.device} - {""}
         self.seconds[stage] = self.seconds.get(stage, 0.0) + report.seconds

@@ -16,7 +16,8 @@ import schemas.model
 import schemas.ngff  # noqa: F401
 from schemas.explanation import MethodInfo
 from schemas.frozen import Frozen
-from schemas.run import PlanSummary, RunReport
+from schemas.plan import PlanSummary
+from schemas.run import RunReport
 
 if TYPE_CHECKING:
     from workers.trust import Trust
@@ -67,9 +68,9 @@ def report_lines(report: RunReport, out: str) -> list[str]:
     return lines
 
 
-def method_table(methods: Sequence[MethodInfo]) -> Table:
-    """Every method with what it needs and where it comes from."""
-    table = Table("name", "method", "unit", "signed", "class", "needs", "citation", box=None)
+def method_table(methods: Sequence[MethodInfo], flag: str) -> Table:
+    """Every method of a flag with what it needs and where it comes from."""
+    table = Table(flag, "method", "unit", "signed", "class", "needs", "citation", box=None)
     for row in methods:
         title = f"{row.title} ({row.edition})" if row.edition else row.title
         table.add_row(

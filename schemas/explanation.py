@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from enum import IntFlag
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
+from schemas.bag import InsideSpec
 from schemas.frozen import Frozen
 
 Need = Literal[
@@ -105,14 +106,24 @@ class CellGeometry(Frozen):
     source: Literal["receptive_field", "grid"]
     """Measured through the network, or a regular grid over the tile."""
 
+    @classmethod
+    def whole(cls, tile_px: tuple[int, ...]) -> Self:
+        """One cell, the tile itself."""
+        size = tuple(map(float, tile_px))
+        centre = tuple(t / 2 for t in tile_px)
+        return cls(shape=(1,) * len(size), cell_px=size, first_centre_px=centre, source="grid")
+
 
 class CamSpec(Frozen):
     """What is explained and how; hashed into `tiles_id`."""
 
-    methods: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[str, ...]
+    """Of a bag: inside its tiles; there may be none."""
     targets: tuple[str, ...] = Field(min_length=1)
     """Class names, `predicted`; `all` and indices are resolved to names before a run."""
     layer: str
     cell_centres: Literal["receptive_field", "grid"] = "receptive_field"
     bag_methods: tuple[str, ...] = ()
+    """Of a bag: which attribute its decision to the tiles."""
+    inside: InsideSpec = InsideSpec()
     precision: Precision = "fp32"

@@ -41,6 +41,8 @@ class GridSpec(Frozen):
     tiles are left out by choice."""
     mask_sha256: str = ""
     """Digest of the mask given in place of the tissue mask; empty when none was."""
+    features_sha256: str = ""
+    """Digest of the file that features and positions were imported from; empty when none was."""
 
 
 class Lattice(Frozen):

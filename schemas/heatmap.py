@@ -60,7 +60,10 @@ class ChannelInfo(Frozen):
     """None where it differs from tile to tile (`predicted`)."""
     unit: Unit
     signed: bool
+    bag: bool = False
+    """The score of the whole bag of tiles is explained, not each tile's own."""
     bag_method: str = ""
+    """Of a channel with one value a tile: the bag method it is by. Maps inside the tiles have none."""
     grid: tuple[int, ...]
     """Native CAM cells a tile, array order."""
     title: str = ""

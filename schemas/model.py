@@ -328,6 +328,8 @@ class ModelFacts(Frozen):
     """Of each method asked for."""
     reductions: dict[str, Reduction] = Field(default_factory=dict)
     """Of each method asked for that sums over the image first."""
+    bag_methods: tuple[str, ...] = ()
+    """Asked for, of a model with a bag head."""
     precision: Precision = "fp32"
     """What is computed, `fast` resolved."""
     weights_bytes: int

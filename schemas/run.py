@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from schemas.bag import AttributeTask, BagReport, InsideSpec
 from schemas.explanation import AskedPrecision, CamSpec, CellGeometry, Reduction, SolvedState
 from schemas.frozen import Frozen, digest
 from schemas.geometry import Box
@@ -87,6 +88,17 @@ class TilesInfo(Frozen):
     units: int
     versions: dict[str, str]
 
+    @property
+    def features(self) -> int:
+        """Numbers a tile that a bag head reads; 0 where there is no bag."""
+        bag = self.spec.card.get("bag") or {}
+        return int(bag.get("features", 0))
+
+    def bag_grid(self) -> MapGrid:
+        """The one cell of a bag method: the tile itself."""
+        cells = CellGeometry.whole(self.lattice.tile_px)
+        return MapGrid.of(cells, self.lattice.tile_l0, self.lattice.tile_px)
+
 
 class HeatmapInfo(Frozen):
     """`attrs.gigacam` of `heatmap.ome.zarr`."""
@@ -99,11 +111,22 @@ class HeatmapInfo(Frozen):
     spacing: tuple[float, ...]
     """Physical size of a level-0 px, array order."""
     spacing_unit: Literal["um", "mm"]
+    partial: bool = False
+    """Some tiles of the bag are not explained inside, by choice: the channels of inside maps have a coverage of their own."""
     complete: bool = False
     value_range: tuple[tuple[float, float], ...] = ()
     """Smallest and largest raw value of each channel, once complete."""
     display: tuple[tuple[float, float], ...] = ()
     """Display window of each channel: a view, the stored values stay raw."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels that say why a px has a value or none."""
+        return ("coverage", "inside") if self.partial else ("coverage",)
+
+    def label_of(self, channel: ChannelInfo) -> str:
+        """Which of them speaks for a channel: `coverage` but for maps inside some of the tiles."""
+        return "inside" if self.partial and not channel.bag_method else "coverage"
 
 
 class UnitTask(Frozen):
@@ -160,7 +183,7 @@ class Report(Frozen):
 
     stage: str
     key: str
-    task: UnitTask | BlockTask | GroupTask | SolveTask | None = None
+    task: UnitTask | BlockTask | GroupTask | SolveTask | AttributeTask | None = None
     done: int = 0
     """Tiles computed."""
     failed: int = 0
@@ -236,6 +259,7 @@ class ImageReport(Frozen):
     """How many tile maps carry a flag, such as `gradcam empty`."""
     states: tuple[SolvedState, ...] = ()
     """Of the methods that were solved once for the whole image."""
+    bag: BagReport | None = None
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -263,6 +287,11 @@ class ExplainRequest(Frozen):
     model: str
     out: str
     methods: tuple[str, ...] = ("gradcam",)
+    bag_methods: tuple[str, ...] = ()
+    """Of a model with a bag head; empty: `contribution`, or `attention` where the head has no parts."""
+    inside: InsideSpec = InsideSpec()
+    features: str = ""
+    """`.h5` file of the image's features, or a folder with one named like each image; empty: they are computed."""
     targets: tuple[str, ...] = ()
     layer: str = ""
     cell_centres: Literal["receptive_field", "grid"] = "receptive_field"
@@ -286,40 +315,3 @@ class ExplainRequest(Frozen):
     retry_failed: bool = False
     strict: bool = False
     image_id: Literal["stem", "hash"] = "stem"
-
-
-class PlanSummary(Frozen):
-    """What `plan` prints: cost before any tile is computed."""
-
-    image: str
-    image_id: str
-    kind: str
-    shape_l0: tuple[int, ...]
-    spacing: tuple[float, ...]
-    spacing_unit: str
-    spacing_source: str
-    level: int
-    tile_l0: tuple[int, ...]
-    stride_l0: tuple[int, ...]
-    size_error: float
-    tissue_fraction: float
-    tissue_method: str
-    tiles: int
-    left_out: int
-    units: int
-    batches: int
-    blocks: int
-    heatmap_shape: tuple[int, ...]
-    heatmap_downsample: tuple[int, ...]
-    channels: tuple[str, ...]
-    tiles_bytes: int
-    heatmap_bytes: int
-    """Uncompressed, all levels."""
-    disk_free_bytes: int
-    peak_memory_bytes: int
-    """Estimated, for one worker."""
-    seconds: float | None
-    """From the last measured rate of this card on this device; None: unknown."""
-    defaults: dict[str, str]
-    """Every setting that was not given, and the value used."""
-    notes: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +20,7 @@ from schemas.frozen import Frozen, digest
 from schemas.run import Report, TilesInfo, UnitTask
 from workers.cam.explain import Explained, explain
 from workers.cam.method import Solved
-from workers.cam.targets import resolve
+from workers.cam.targets import TileTarget, resolve
 from workers.decoding import TileReader
 from workers.models.adapter import ModelAdapter
 from workers.models.card import load_card
@@ -30,6 +30,9 @@ from workers.models.fast import make_fast
 from workers.pool import Task
 from workers.store.reductions import Reductions, reduction_targets
 from workers.store.tiles import TilesStore
+
+Ask = Callable[[Tensor, slice], Explained]
+"""(prepared tiles `(B, C, *S)`, which of the rows asked for they are) -> what is found of them."""
 
 DECODERS_MOST = 4
 """Decode threads beside a network that computes on the same cores."""
@@ -165,10 +168,14 @@ def tiles_per_second(info: TilesInfo, init: ExplainInit, boxes: NDArray[np.int64
     """Rate of one worker over `boxes` `(n, 2, axes)`, decoding included, after a first tile that is not counted."""
     tiles = TileComputer(info, init, _any_states(info))
     rows = np.arange(len(boxes))
+    ask: Ask | None = None
+    if info.features:
+        v, seeds = torch.ones(len(boxes), len(info.spec.cam.targets), info.features), torch.from_numpy(rows)
+        ask = lambda x, part: tiles.inside(x, v[part], seeds[part])  # noqa: E731
     try:
-        tiles.compute(boxes[:1], rows[:1])
+        tiles.compute(boxes[:1], rows[:1], ask)
         began = time.perf_counter()
-        tiles.compute(boxes, rows)
+        tiles.compute(boxes, rows, ask)
         return len(boxes) / (time.perf_counter() - began)
     finally:
         tiles.close()
@@ -229,7 +236,7 @@ class TileComputer:
         self.model = _model(
             init.model, digest(spec.card), spec.cam.layer, self.device, spec.grid.tile_px, spec.cam.precision
         )
-        self.targets = resolve(spec.cam.targets, self.model.card.output, self.model.n_outputs)
+        self.targets = resolve(spec.cam.targets, self.model.card.output, len(info.classes))
         if self.device == "cpu":
             torch.set_num_threads(init.threads)
             decoders = min(DECODERS_MOST, init.threads)
@@ -238,17 +245,21 @@ class TileComputer:
             decoders = int(os.environ.get("OMP_NUM_THREADS", DECODERS_MOST))
         self.reader = TileReader(info, decoders)
 
-    def compute(self, boxes: NDArray[np.int64], rows: NDArray[np.int64]) -> Computed:
-        """Explain the tiles at `boxes` `(n, 2, axes)`, n at least 1; `rows` `(n,)` number them in the plan."""
+    def compute(self, boxes: NDArray[np.int64], rows: NDArray[np.int64], ask: Ask | None = None) -> Computed:
+        """Explain the tiles at `boxes` `(n, 2, axes)`, n at least 1; `rows` `(n,)` number them in the plan.
+
+        `ask` finds something else of them.
+        """
+        seeds = torch.from_numpy(rows)  # noise belongs to the tile, whichever worker computes it
+        ask = ask or (lambda x, part: self._explained(x, seeds[part]))
         errors: dict[int, str] = {}
         notes: list[str] = []
         parts = {"decode": 0.0, "compute": 0.0}
         batches = []
-        seeds = torch.from_numpy(rows)  # noise belongs to the tile, whichever worker computes it
         for first, pixels, bad in self.reader.batches(boxes, parts):
             errors.update({first + i: reason for i, reason in bad.items()})
             clock = time.perf_counter()
-            batches.append(self._explain(pixels, seeds[first : first + len(pixels)], notes))
+            batches.append(self._ask(pixels, first, ask, notes))
             parts["compute"] += time.perf_counter() - clock
         found = Arrays.joined(batches)
         reason = "the network gave values that are not finite"
@@ -263,15 +274,31 @@ class TileComputer:
                 values[row] = np.nan
         return Computed(found, errors, parts, tuple(dict.fromkeys(notes)))
 
-    def _explain(self, pixels: NDArray[Any], seeds: Tensor, notes: list[str]) -> Arrays:
-        """Explain a mini-batch; on out-of-memory, in halves, which is noted since it changes the bits."""
-        out = self._attempt(pixels, seeds)
+    def _explained(self, x: Tensor, seeds: Tensor) -> Explained:
+        methods = self.info.spec.cam.methods
+        return explain(self.model.net, x, self.targets, methods, seeds, states=self._states)
+
+    def embedded(self, x: Tensor) -> Explained:
+        """The scores of prepared tiles `(B, C, *S)` alone: of an encoder, its embedding."""
+        none = torch.zeros(len(x), 0, dtype=torch.int32)
+        with torch.no_grad():
+            return Explained(self.model.scores(x).float(), none, {}, {})
+
+    def inside(self, x: Tensor, v: Tensor, seeds: Tensor) -> Explained:
+        """Maps of `<v, enc(x)>`: what a tile gives to each target of its bag, whose gradient by its features is v `(B, T, D)`."""
+        cam = self.info.spec.cam
+        targets = [TileTarget(name, v[:, t].to(x.device)) for t, name in enumerate(cam.targets)]
+        return explain(self.model.net, x, targets, cam.methods, seeds)
+
+    def _ask(self, pixels: NDArray[Any], first: int, ask: Ask, notes: list[str]) -> Arrays:
+        """Ask of a mini-batch; on out-of-memory, in halves, which is noted since it changes the bits."""
+        out = self._attempt(pixels, first, ask)
         if out is None:
             torch.cuda.empty_cache()
             half = -(-len(pixels) // 2)
             notes.append(f"out of device memory at batch {len(pixels)}: computed in halves")
-            parts = slice(None, half), slice(half, None)
-            return Arrays.joined([self._explain(pixels[part], seeds[part], notes) for part in parts])
+            parts = (pixels[:half], first), (pixels[half:], first + half)
+            return Arrays.joined([self._ask(*part, ask, notes) for part in parts])
         return Arrays(
             out.scores.float().cpu().numpy(),
             out.target_index.to(torch.int32).cpu().numpy(),
@@ -279,13 +306,10 @@ class TileComputer:
             {name: bits.cpu().numpy() for name, bits in out.flags.items()},
         )
 
-    def _attempt(self, pixels: NDArray[Any], seeds: Tensor) -> Explained | None:
-        """Explain a mini-batch; None where device memory ran out: on return all that it held is free."""
+    def _attempt(self, pixels: NDArray[Any], first: int, ask: Ask) -> Explained | None:
+        """Ask of a mini-batch; None where device memory ran out: on return all that it held is free."""
         try:
-            x = self.model.prepare(pixels)
-            return explain(
-                self.model.net, x, self.targets, self.info.spec.cam.methods, seeds, states=self._states
-            )
+            return ask(self.model.prepare(pixels), slice(first, first + len(pixels)))
         except torch.OutOfMemoryError:
             if len(pixels) == 1:
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 
 from schemas.errors import SourceError, SpecError
 from schemas.explanation import CamSpec
-from schemas.frozen import digest
 from schemas.grid import GridSpec, TissueSpec
 from schemas.heatmap import ChannelInfo, HeatmapSpec
 from schemas.image import ImageRequest, ReadOptions
@@ -20,24 +18,23 @@ from schemas.run import (
     ExplainRequest,
     HeatmapInfo,
     MapGrid,
-    PlanSummary,
-    PoolSettings,
     TilesInfo,
     TilesSpec,
 )
+from workers.bag_plan import asked_methods, bag_channels
 from workers.cam.methods import method
-from workers.explainer import ExplainInit, pick_device, tiles_per_second
+from workers.explainer import pick_device
+from workers.imported import Placed, features_path, place_features
 from workers.models.card import load_card
 from workers.models.facts import model_facts, retarget
-from workers.provenance import keep_rate, last_rate, versions
+from workers.provenance import versions
 from workers.readers import open_image
 from workers.readers.masks import load_mask, read_mask
 from workers.readers.overview import read_overview
 from workers.readers.reader import Reader
 from workers.readers.regions import read_polygons
 from workers.stitching.grid import heatmap_grid
-from workers.store.reductions import collected_bytes, group_count, group_rows
-from workers.tiling.plan import Plan, heatmap_bytes, make_plan, peak_memory_bytes, tiles_bytes
+from workers.tiling.plan import Plan, make_plan
 from workers.tiling.positions import make_lattice
 from workers.tiling.tissue import foreground_mask, tissue_mask
 
@@ -65,30 +62,30 @@ class Job:
     heatmap: HeatmapInfo
     tissue_method: str
     tissue_fraction: float
+    features: str
+    """File that the features of a bag are imported from; empty: they are computed."""
     notes: tuple[str, ...]
 
 
 def open_model(request: ExplainRequest) -> Model:
     """Load the card and its network once, here, so that a wrong request fails before any image."""
     loaded = load_card(request.model)
-    if loaded.card.bag is not None:
-        msg = (
-            f"{request.model}: the card has a [bag] head; bags of tiles are not explained by this version. "
-            "Remove [bag] to explain the tile encoder itself"
-        )
-        raise SpecError(msg)
-    try:
-        methods = tuple(dict.fromkeys(method(name).info.name for name in request.methods))
-    except SpecError as error:
-        msg = f"--method {error}"
-        raise SpecError(msg) from error
+    methods, bag_methods = asked_methods(loaded, request)
     ndim = len(loaded.card.input.tile)
     _check_places(request, ndim)
     layer = request.layer or loaded.card.cam.layer
     tile = request.tile * ndim if request.tile and len(request.tile) == 1 else request.tile
     facts = model_facts(
-        loaded, layer, request.targets, methods, tile, request.cell_centres, request.precision, pick_device("auto")
+        loaded,
+        layer,
+        request.targets,
+        methods,
+        tile,
+        request.cell_centres,
+        request.precision,
+        pick_device("auto"),
     )
+    facts = facts.model_copy(update={"bag_methods": bag_methods})
     return Model(str(Path(request.model).resolve()), loaded.card, facts)
 
 
@@ -161,7 +158,15 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
     mask: Any = None
     downsample: tuple[float, ...] = (1.0,) * meta.ndim
     method, fraction = "every tile", 1.0
-    if request.mask:
+    placed: Placed | None = None
+    path = Path()
+    if request.features:
+        path = features_path(request.features, image.uri)
+        placed = place_features(path, meta, lattice, card.bag.features if card.bag else 0)
+        grid = grid.model_copy(update={"features_sha256": placed.sha256})
+        method = f"features {path.name}"
+        notes += placed.notes
+    elif request.mask:
         mask, sha256 = read_mask(request.mask, meta)
         downsample = tuple(n / m for n, m in zip(meta.shape_l0, mask.shape, strict=True))
         grid = grid.model_copy(update={"mask_sha256": sha256})
@@ -183,7 +188,18 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
             ] = True
         if bad:
             notes.append(f"{len(bad)} places of the overview could not be read and are tried as tissue")
-    plan = make_plan(lattice, request.unit or meta.kind, mask, downsample, tissue, grid.region_l0)
+    plan = make_plan(
+        lattice,
+        request.unit or meta.kind,
+        mask,
+        downsample,
+        tissue,
+        grid.region_l0,
+        None if placed is None else placed.boxes,
+    )
+    if card.bag is not None and not plan.planned:
+        msg = f"{image.uri}: the bag is empty: no tile holds enough tissue ({method}); --tissue none takes every tile"
+        raise SourceError(msg)
     if lattice.upsampling > 1.25:
         notes.append(f"read {lattice.upsampling:.2f} times finer than the source, as allowed")
     cam = CamSpec(
@@ -191,6 +207,8 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         targets=facts.targets,
         layer=facts.layer,
         cell_centres=request.cell_centres,
+        bag_methods=facts.bag_methods,
+        inside=request.inside,
         precision=facts.precision,
     )
     spec = TilesSpec(
@@ -219,22 +237,24 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
     )
     folder = Path(request.out).absolute() / meta.image_id(request.image_id)
     heatmap = _heatmap_info(tiles, request.heatmap, facts, card.output)
-    return Job(image, folder, plan, tiles, heatmap, method, fraction, tuple(notes))
+    return Job(
+        image, folder, plan, tiles, heatmap, method, fraction, str(path) if placed else "", tuple(notes)
+    )
 
 
-def _heatmap_info(
-    tiles: TilesInfo, asked: HeatmapSpec, facts: ModelFacts, output: OutputSpec
-) -> HeatmapInfo:
+def _heatmap_info(tiles: TilesInfo, asked: HeatmapSpec, facts: ModelFacts, output: OutputSpec) -> HeatmapInfo:
     meta, cam = tiles.image, tiles.spec.cam
-    finest = min((grid.cell_l0 for grid in tiles.grids.values()), key=min)
+    grids = tiles.grids or {"": tiles.bag_grid()}
+    finest = min((grid.cell_l0 for grid in grids.values()), key=min)
     downsample = asked.downsample or auto_downsample(meta.kind, meta.shape_l0, finest)
-    channels = tuple(
+    channels = bag_channels(tiles, facts, output) + tuple(
         ChannelInfo(
             method=name,
             target=target,
             target_index=index,
             unit=output.unit(info.unit),
             signed=info.signed,
+            bag=bool(tiles.features),
             grid=tiles.grids[name].shape,
             title=info.title,
             edition=info.edition,
@@ -251,6 +271,7 @@ def _heatmap_info(
         channels=channels,
         spacing=tiles.spec.spacing,
         spacing_unit="um" if meta.kind == "slide" else "mm",
+        partial=bool(cam.bag_methods and cam.methods) and not cam.inside.every,
     )
 
 
@@ -263,82 +284,6 @@ def auto_downsample(kind: str, shape_l0: tuple[int, ...], cell_l0: tuple[float, 
         return 1
     half = min(cell_l0) / 2
     return 1 << max(0, int(np.floor(np.log2(half)))) if half >= 1 else 1
-
-
-def summarise(job: Job, request: ExplainRequest, model: Model, pool: PoolSettings) -> PlanSummary:
-    """What the plan costs, for people and machines."""
-    tiles, heat, plan = job.tiles, job.heatmap, job.plan
-    rate = last_rate(digest(model.facts.card), pick_device("auto"))
-    given = request.model_fields_set | {f"heatmap.{name}" for name in request.heatmap.model_fields_set}
-    used = {
-        "methods": ",".join(tiles.spec.cam.methods),
-        "targets": ",".join(tiles.spec.cam.targets),
-        "layer": tiles.spec.cam.layer,
-        "tile": "x".join(map(str, tiles.lattice.tile_px)),
-        "overlap": str(request.overlap),
-        "edge": request.edge,
-        "tissue": request.tissue,
-        "batch": str(tiles.spec.batch),
-        "unit": str(tiles.spec.unit),
-        "cell_centres": request.cell_centres,
-        "precision": tiles.spec.cam.precision,
-        "heatmap.downsample": str(heat.spec.downsample),
-        "heatmap.importance": heat.spec.importance,
-    }
-    groups = range(group_count(plan.units)) if tiles.reductions else range(0)
-    twice = (
-        f"{', '.join(tiles.reductions)}: every tile is read and goes through the network twice, first to be summed in "
-        f"{len(groups)} groups, then to be explained"
-    )
-    out = Path(request.out).absolute()
-    parent = next(p for p in (out, *out.parents) if p.exists())
-    workers = pool.workers or 1
-    return PlanSummary(
-        image=job.request.uri,
-        image_id=job.folder.name,
-        kind=tiles.image.kind,
-        shape_l0=tiles.image.shape_l0,
-        spacing=tiles.spec.spacing,
-        spacing_unit=tiles.image.spacing_unit,
-        spacing_source=tiles.image.spacing_source,
-        level=tiles.lattice.level,
-        tile_l0=tiles.lattice.tile_l0,
-        stride_l0=tiles.lattice.stride_l0,
-        size_error=tiles.lattice.size_error,
-        tissue_fraction=job.tissue_fraction,
-        tissue_method=job.tissue_method,
-        tiles=plan.planned,
-        left_out=plan.tiles - plan.planned,
-        units=plan.units,
-        batches=sum(
-            -(-min(plan.unit, plan.planned - u * plan.unit) // tiles.spec.batch) for u in range(plan.units)
-        )
-        + sum(-(-len(group_rows(g, tiles)) // tiles.spec.batch) for g in groups),
-        blocks=sum(int(np.prod(heat.grid.blocks(lv))) for lv in range(len(heat.grid.levels))),
-        heatmap_shape=heat.grid.levels[0],
-        heatmap_downsample=heat.grid.downsample,
-        channels=tuple(c.label for c in heat.channels),
-        tiles_bytes=tiles_bytes(plan, tiles.grids, len(tiles.classes), len(tiles.spec.cam.targets))
-        + collected_bytes(tiles),
-        heatmap_bytes=heatmap_bytes(heat.grid, len(heat.channels)),
-        disk_free_bytes=shutil.disk_usage(parent).free,
-        peak_memory_bytes=peak_memory_bytes(
-            plan, heat.grid, tiles.image.channels, tiles.spec.batch, model.facts.weights_bytes
-        )
-        + (2 * collected_bytes(tiles) // len(groups) if groups else 0),
-        seconds=None if rate is None else (2 if groups else 1) * plan.planned / (rate * workers),
-        defaults={name: value for name, value in used.items() if name not in given},
-        notes=(*job.notes, *([twice] if groups else [])),
-    )
-
-
-def measure_rate(job: Job, model: Model, threads: int) -> None:
-    """Run one batch of the planned tiles and keep the rate for this and later plans; writes no output."""
-    if job.plan.planned:
-        init = ExplainInit(tiles="", tiles_id="", model=model.path, threads=threads)
-        batch = job.plan.boxes[: min(job.tiles.spec.batch, job.plan.planned)]
-        rate = tiles_per_second(job.tiles, init, batch)
-        keep_rate(digest(model.facts.card), pick_device("auto"), rate)
 
 
 def with_row_options(image: ImageRequest, read: ReadOptions) -> ImageRequest:

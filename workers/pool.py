@@ -14,11 +14,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from schemas.bag import AttributeTask
 from schemas.errors import GigacamError, WorkerLostError
 from schemas.frozen import Frozen, digest
 from schemas.run import BlockTask, GroupTask, PoolSettings, Report, SolveTask, UnitTask
 
-Task = UnitTask | BlockTask | GroupTask | SolveTask
+Task = UnitTask | BlockTask | GroupTask | SolveTask | AttributeTask
 
 TRANSIENT_ATTEMPTS = 3
 """Tries of a task that meets an OSError or a retryable error of ours."""

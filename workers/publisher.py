@@ -36,10 +36,13 @@ def publish_heatmap(heatmap: HeatmapStore, threads: int) -> None:
 
 
 def predictions(tiles: TilesStore, output: OutputSpec) -> tuple[Prediction, ...]:
-    """Mean and highest score of each class (output, reference, position) over the tiles that were computed."""
+    """Mean and highest score of each class (output, reference, position) over the tiles that were computed.
+
+    None of a bag: its tiles have no scores.
+    """
     scores = tiles.scores()
     done = np.flatnonzero(tiles.statuses() == TileStatus.DONE)
-    if not len(done):
+    if not len(done) or tiles.info.features:
         return ()
     best = done[np.argmax(scores[done], axis=0)]
     boxes = tiles.boxes(best)

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from schemas.errors import StoreError
 from schemas.frozen import Frozen
-from schemas.heatmap import Coverage, TileStatus
+from schemas.heatmap import ChannelInfo, Coverage, TileStatus
 from schemas.run import BlockTask, Report
 from workers.pool import Task
 from workers.stitching.blend import blend_block, coverage_block
 from workers.stitching.downsample import halve_absmax, halve_coverage, halve_mean
 from workers.stitching.grid import Block, block_box, children
 from workers.stitching.importance import cell_importance
+from workers.store.bags import Bag
 from workers.store.heatmap import HeatmapStore
 from workers.store.tiles import TilesStore
 from workers.tiling.touching import tiles_touching
@@ -37,6 +38,7 @@ class Stitcher:
 
     def __init__(self, init: StitchInit) -> None:
         self._tiles = TilesStore.open(init.tiles)
+        self._bag = Bag(self._tiles.path, self._tiles.info)
         self._heatmap = HeatmapStore.open(init.heatmap, "r+")
         if self._heatmap.info.run_id != init.run_id:
             msg = (
@@ -93,20 +95,34 @@ class Stitcher:
             raise StoreError(msg)
         boxes = np.minimum(self._tiles.boxes(rows), np.array(grid.shape_l0))
         codes = coverage_block(box, grid.downsample, boxes, status, grid.shape_l0)
-        done = status == TileStatus.DONE
-        silent = codes != Coverage.EVALUATED
+        done = {"coverage": status == TileStatus.DONE}
+        labels = {"coverage": codes}
+        if self._heatmap.info.partial:
+            left_out = (status == TileStatus.DONE) & ~self._bag.inside(rows)
+            status = np.where(left_out, TileStatus.LEFT_OUT, status).astype(np.uint8)
+            done["inside"] = status == TileStatus.DONE
+            labels["inside"] = coverage_block(box, grid.downsample, boxes, status, grid.shape_l0)
 
         def channels() -> Iterator[NDArray[np.float32]]:
             for channel in self._heatmap.info.channels:
-                cells = info.grids[channel.method]
+                label = self._heatmap.info.label_of(channel)
+                some = done[label]
+                cells = info.bag_grid() if channel.bag_method else info.grids[channel.method]
                 importance = cell_importance(self._heatmap.info.spec.importance, cells, info.lattice.tile_l0)
                 target = info.spec.cam.targets.index(channel.target)
-                maps = self._tiles.maps_of(channel.method, target, rows[done])
-                values = blend_block(box, grid.downsample, boxes[done], maps, cells, importance)
-                values[silent] = np.nan
+                maps = self._maps(channel, target, rows[some])
+                values = blend_block(box, grid.downsample, boxes[some], maps, cells, importance)
+                values[labels[label] != Coverage.EVALUATED] = np.nan
                 yield values
 
-        return self._heatmap.write_block(level, block, codes, channels())
+        return self._heatmap.write_block(level, block, codes, channels(), inside=labels.get("inside"))
+
+    def _maps(self, channel: ChannelInfo, target: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """`(n, *grid)` of a channel; a bag method's one value a tile is its whole map."""
+        if not channel.bag_method:
+            return self._tiles.maps_of(channel.method, target, rows)
+        values = self._bag.relevance(channel.bag_method, target, rows)
+        return values.reshape(-1, *channel.grid)
 
     def _reduce(self, level: int, block: Block) -> int:
         store, below = self._heatmap, children(self._heatmap.grid, level, block)
@@ -127,11 +143,12 @@ class Stitcher:
             places.append((source, tuple(slice(a, b) for a, b in zip(at, to, strict=True))))
         shape = tuple((stop - start).tolist())
 
-        codes = np.empty(shape, np.uint8)
-        for source, place in places:
-            codes[place] = halve_coverage(store.coverage(level - 1)[source])
+        labels = {name: np.empty(shape, np.uint8) for name in store.info.labels}
+        for name, codes in labels.items():
+            for source, place in places:
+                codes[place] = halve_coverage(store.label(name, level - 1)[source])
         # most of a slide is glass: nothing is read there
-        evaluated = bool((codes == Coverage.EVALUATED).any())
+        evaluated = bool((labels["coverage"] == Coverage.EVALUATED).any())
 
         def halved(
             array: Any, halve: Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -144,6 +161,7 @@ class Stitcher:
 
         means = halved(store.image(level - 1), halve_mean)
         if not store.has_peak:
-            return store.write_block(level, block, codes, means)
+            return store.write_block(level, block, labels["coverage"], means, inside=labels.get("inside"))
         finer = store.image(0) if level == 1 else store.peak(level - 1)
-        return store.write_block(level, block, codes, means, halved(finer, halve_absmax))
+        peaks = halved(finer, halve_absmax)
+        return store.write_block(level, block, labels["coverage"], means, peaks, labels.get("inside"))

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from schemas.model import CamLayer, InputSpec, ModelCard, NetworkSpec, OutputSpec
+from schemas.model import BagSpec, CamLayer, InputSpec, ModelCard, NetworkSpec, OutputSpec
 from workers.models.card import write_card
+from workers.models.heads.registry import build_head
 
 
 class PooledChannels(nn.Module):
@@ -125,6 +126,34 @@ class Embedder(PooledChannels):
 
 def embedder(cell: int, ndim: int = 2) -> nn.Module:
     return Embedder(cell, ndim)
+
+
+def write_bag_card(
+    folder: Path, head: str, classes: tuple[str, ...] = ("benign", "tumour"), features: int = 3,
+    args: dict[str, Any] | None = None, **bag: Any,
+) -> str:  # fmt: skip
+    """Card of `embedder` for slides at 1 um, under a head with fixed random weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    state = build_head(head, features, len(classes), args).state_dict()
+    save_file({name: 2 * value.contiguous() for name, value in state.items()}, folder / "head.safetensors")
+    sha256 = hashlib.sha256((folder / "head.safetensors").read_bytes()).hexdigest()
+    card = ModelCard(
+        schema=1,
+        name=head,
+        version="1",
+        licence="Apache-2.0",
+        intended_use="tests",
+        network=NetworkSpec(adapter="factory", name=f"{__name__}:embedder", args={"cell": 32}),
+        input=InputSpec(kind="slide", channels=3, tile=(128, 128), mpp=1.0),
+        output=OutputSpec(kind="logits", classes=classes),
+        cam=CamLayer(layer="pool"),
+        bag=BagSpec(
+            head=head, weights="head.safetensors", sha256=sha256, features=features, args=args or {}, **bag
+        ),
+    )
+    write_card(folder / "model.toml", card)
+    return str(folder / "model.toml")
 
 
 class TwoWords(nn.Module):

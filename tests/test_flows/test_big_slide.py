@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from schemas.run import PlanSummary, RunReport
+from schemas.plan import PlanSummary
+from schemas.run import RunReport
 from tests.test_flows.networks import write_factory_card
 
 MIB = 1 << 20

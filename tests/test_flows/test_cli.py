@@ -25,9 +25,11 @@ from flows.cli import app, main
 from flows.doctor import Check
 from flows.progress import Bars, Event, Lines
 from flows.tables import json_schemas, plan_lines
-from schemas.run import PlanSummary, RunReport
+from schemas.plan import PlanSummary
+from schemas.run import RunReport
 from tests.test_flows.networks import write_factory_card
 from tests.test_flows.runs import tiles_of
+from workers.cam.bag_methods import BAG_METHODS
 from workers.cam.methods import METHODS
 
 SLIDE = "procedural:slide?width=512&height=256&seed=1"
@@ -166,7 +168,8 @@ def test_inspect_goes_on_after_an_image_that_fails(gigacam: Run) -> None:
 
 def test_methods_are_those_of_the_table(gigacam: Run) -> None:
     rows = json.loads(gigacam("methods", "--json").out)
-    assert [row["name"] for row in rows] == list(METHODS)
+    assert [row["name"] for row in rows if row["flag"] == "--method"] == list(METHODS)
+    assert [row["name"] for row in rows if row["flag"] == "--bag-method"] == list(BAG_METHODS)
     text = gigacam("methods").out
     for row in rows:
         assert re.search(rf"^ *{row['name']} ", text, re.MULTILINE)

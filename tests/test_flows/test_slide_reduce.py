@@ -18,13 +18,13 @@ from schemas.run import ExplainRequest, GroupTask, PoolSettings, Report, RunRepo
 from tests.test_flows.networks import write_densenet_card
 from tests.test_flows.runs import explain, stored_bytes, tiles_of
 from tests.test_flows.test_resume import DyingDisk, Killed
+from workers.costs import summarise
 from workers.explainer import ExplainInit, tiles_per_second
 from workers.models.card import load_card
 from workers.models.cnn import load_model
-from workers.planner import open_model, plan_image, summarise
+from workers.planner import open_model, plan_image
 from workers.pool import Task
 from workers.readers import open_image
-from workers.readers.procedural import ProceduralReader
 from workers.reducer import Collector, Solver
 from workers.store.reductions import GROUPS_MOST, Reductions
 from workers.store.tiles import TilesStore
@@ -220,24 +220,6 @@ def test_killed_while_it_sums(
     assert groups_collected == list(range(8))[8 - left :]
     assert_same_stores(folder_of(resumed), folder_of(serial))
     assert resumed.images[0].states == serial.images[0].states
-
-
-@pytest.fixture
-def unreadable(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Starts of tiles that cannot be read, while they are in this list."""
-    bad: list[list[int]] = []
-    read = ProceduralReader.read
-
-    def damaged(
-        self: ProceduralReader, box_l0: Box, shape_px: tuple[int, ...], level: int
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        if list(box_l0.start) in bad:
-            msg = f"{SLIDE}: damaged at {box_l0.start}"
-            raise SourceError(msg)
-        return read(self, box_l0, shape_px, level)
-
-    monkeypatch.setattr(ProceduralReader, "read", damaged)
-    return bad
 
 
 def test_a_tile_that_cannot_be_read_is_left_out(

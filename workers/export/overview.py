@@ -100,9 +100,9 @@ def _slide_blocks(
     size = _pair(n * d * s for n, d, s in zip(picture.shape[:2], picture_l0, info.spacing, strict=True))
     level = level_for(len(info.grid.levels), info.grid.downsample, picture_l0)
     heat_l0 = [d * 2**level for d in info.grid.downsample]
-    coverage = place(np.asarray(heatmap.coverage(level)[...]), heat_l0, picture.shape[:2], picture_l0)
     blocks = []
     for c in channels:
+        coverage = place(np.asarray(heatmap.coverage(level, c)[...]), heat_l0, picture.shape[:2], picture_l0)
         signed, window = info.channels[c].signed, display_window(heatmap, c, level)
         values = place(np.asarray(heatmap.image(level)[c]), heat_l0, picture.shape[:2], picture_l0)
         under = compose(picture, values, coverage, window, signed, colours(signed))
@@ -142,7 +142,7 @@ def _volume_blocks(
             heat_l0 = [grid.downsample[a] * 2**level for a in axes]
             cut: list[int | slice] = [slice(None)] * 3
             cut[view.normal] = at_hm[view.normal] >> level
-            heat, code = heatmap.image(level)[(c, *cut)], heatmap.coverage(level)[tuple(cut)]
+            heat, code = heatmap.image(level)[(c, *cut)], heatmap.coverage(level, c)[tuple(cut)]
             heats.append(place(np.asarray(heat), heat_l0, plane.shape, picture_l0))
             codes.append(place(np.asarray(code), heat_l0, plane.shape, picture_l0))
         pictures = grey(planes, [code == Coverage.EVALUATED for code in codes])
@@ -192,10 +192,12 @@ def _legend(
             lines.append(f"All values: {words.number(low)} to {words.number(high)}")
     if where:
         lines.append(where)
-    if tiles is not None and row.method in tiles.grids:
-        lines.append(words.cell(tiles.grids[row.method], info))
     if row.bag_method:
-        lines.append(f"Weighted by bag method {row.bag_method}")
+        lines.append("One value a tile, painted over it")
+        if not row.signed:
+            lines.append("Unsigned: how much a tile counts, not for or against what")
+    elif tiles is not None and row.method in tiles.grids:
+        lines.append(words.cell(tiles.grids[row.method], info))
     ground = _typical(pictures, coverage, Coverage.EVALUATED)
     empty = _typical(pictures, coverage, Coverage.BACKGROUND)
     occurring = tuple((k, float(counts[k] / counts.sum())) for k in words.COVERAGE_WORDS if counts[k])

@@ -87,7 +87,7 @@ def subtitle(meta: ImageMeta, info: HeatmapInfo) -> str:
 def target(channel: ChannelInfo) -> str:
     """What the channel explains."""
     if channel.target_index is None:
-        return "Target: the class predicted for each tile"
+        return f"Target: the class predicted for {'the whole bag' if channel.bag else 'each tile'}"
     first, contrast, second = channel.target.partition(BETWEEN)
     if not contrast:
         return f"Target: {channel.target}"

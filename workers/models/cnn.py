@@ -201,5 +201,11 @@ def _preflight(net: SplitNet, card: ModelCard, tile: tuple[int, ...], device: to
     with torch.enable_grad():
         scores = reading(split.scores)
     net.grad(scores.sum(1), split.activations)
-    resolve(["all"], card.output, scores.shape[1])
+    if card.bag is not None and scores.shape[1] != card.bag.features:
+        msg = (
+            f"the encoder gives {scores.shape[1]} numbers a tile, the bag head takes [bag] features = {card.bag.features}; "
+            "correct the card, or use the encoder that the head was trained on"
+        )
+        raise ModelError(msg)
+    resolve(["all"], card.tile_output, scores.shape[1])
     return scores.shape[1]

@@ -17,6 +17,7 @@ from workers.cam.methods import method
 from workers.cam.reduce import reductions
 from workers.cam.targets import resolve, score_names
 from workers.models.adapter import ModelAdapter
+from workers.models.bags import load_head
 from workers.models.card import LoadedCard, resolved
 from workers.models.cnn import load_model
 from workers.models.fast import make_fast, tiers
@@ -72,13 +73,20 @@ def model_facts(
     card = loaded.card
     size = tile or card.input.tile
     model = load_model(loaded, layer=layer, tile=size)
-    found = resolve(targets, card.output, model.n_outputs)
+    known = identified(card, model)
+    n_outputs = model.n_outputs if card.bag is None else _checked_head(loaded, known["state_sha256"])
+    found = resolve(targets, card.output, n_outputs)
     cells = model.cells if cell_centres == "receptive_field" else grid_cells(model.cells.shape, size)
     shape = (card.input.channels, *size)
-    files = (card.network.weights, card.network.trunk, card.network.tail)
+    files = (
+        card.network.weights,
+        card.network.trunk,
+        card.network.tail,
+        card.bag.weights if card.bag else "",
+    )
     return ModelFacts(
-        card=identified(card, model),
-        classes=score_names(card.output, model.n_outputs),
+        card=known,
+        classes=score_names(card.output, n_outputs),
         targets=tuple(t.name for t in found),
         target_index=tuple(t.index for t in found),
         layer=layer,
@@ -89,6 +97,20 @@ def model_facts(
         reductions=reductions(model.net, model.prepare(torch.zeros(1, *shape)), methods),
         weights_bytes=sum((loaded.folder / f).stat().st_size for f in files if f),
     )
+
+
+def _checked_head(loaded: LoadedCard, encoder: str) -> int:
+    """C of the bag head; ModelError if it was trained on another encoder than the one of this digest."""
+    head = load_head(loaded)
+    bag = loaded.card.bag
+    assert bag is not None
+    if bag.encoder_digest not in ("", encoder):
+        msg = (
+            f"{loaded.path}: the bag head was trained on the features of another encoder: [bag] encoder_digest is "
+            f"{bag.encoder_digest[:12]}, that of the encoder's weights here is {encoder[:12]}; give the encoder it was trained on"
+        )
+        raise ModelError(msg)
+    return head.classes
 
 
 def _settled(

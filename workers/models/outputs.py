@@ -9,7 +9,7 @@ from workers.models.checkpoint import load_vectors
 
 def make_readout(loaded: LoadedCard) -> Readout:
     """The readout of a card; ModelError if its reference vectors cannot be had."""
-    spec = loaded.card.output
+    spec = loaded.card.tile_output
     match spec.kind:
         case "mask":
             return Region(spec.region)

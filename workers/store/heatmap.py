@@ -124,9 +124,15 @@ class HeatmapStore:
         """The `(c, *S)` float32 Zarr array of the peaks at a level from 1 on."""
         return self._array(f"peak/{level}")
 
-    def coverage(self, level: int) -> Any:
-        """The `(*S)` uint8 Zarr array of `Coverage` at a level."""
-        return self._array(f"labels/coverage/{level}")
+    def coverage(self, level: int, channel: int | None = None) -> Any:
+        """The `(*S)` uint8 Zarr array of `Coverage` at a level; of a channel, where channels differ."""
+        return self.label(
+            "coverage" if channel is None else self.info.label_of(self.info.channels[channel]), level
+        )
+
+    def label(self, name: str, level: int) -> Any:
+        """The `(*S)` uint8 Zarr array of one of `HeatmapInfo.labels` at a level."""
+        return self._array(f"labels/{name}/{level}")
 
     def as_dask(self, level: int = 0, channel: int | None = None) -> da.Array:
         """A level as a lazy dask array `(c, *S)`, or `(*S)` of one channel; one shard a chunk."""
@@ -145,6 +151,7 @@ class HeatmapStore:
         coverage: NDArray[np.uint8],
         channels: Iterable[NDArray[np.float32]],
         peaks: Iterable[NDArray[np.float32]] = (),
+        inside: NDArray[np.uint8] | None = None,
     ) -> int:
         """Write one whole block, its ledger entry last; the same values give the same bytes, however often.
 
@@ -158,6 +165,8 @@ class HeatmapStore:
             `(*block)` of each channel, in order; consumed one at a time.
         peaks
             The same for `peak/`, where the store has one and the level is above 0.
+        inside
+            `(*block)` uint8 of `Coverage` for the channels of maps inside some of the tiles, where there are such.
 
         Returns
         -------
@@ -176,8 +185,12 @@ class HeatmapStore:
             raise StoreError(msg)
         start, stop = block_box(self.grid, level, block).tolist()
         region = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        written = self._write_region(f"labels/coverage/{level}", region, coverage)
-        evaluated = coverage == Coverage.EVALUATED
+        labels = {"coverage": coverage} | ({} if inside is None else {"inside": inside})
+        if tuple(labels) != self.info.labels:
+            msg = f"{self.path}: level {level} block {block} is given {', '.join(labels)}; expected {', '.join(self.info.labels)}"
+            raise StoreError(msg)
+        written = sum(self._write_region(f"labels/{n}/{level}", region, codes) for n, codes in labels.items())
+        evaluated = {name: codes == Coverage.EVALUATED for name, codes in labels.items()}
         groups = [(str(level), channels)]
         if level > 0 and self.has_peak:
             groups.append((f"peak/{level}", peaks))
@@ -187,7 +200,8 @@ class HeatmapStore:
                 if count == len(self.info.channels):
                     msg = f"{self.path}: {name} block {block}: more than {count} channels were given"
                     raise StoreError(msg)
-                if values.shape == evaluated.shape and not np.array_equal(np.isfinite(values), evaluated):
+                expected = evaluated[self.info.label_of(self.info.channels[count])]
+                if values.shape == expected.shape and not np.array_equal(np.isfinite(values), expected):
                     msg = f"{self.path}: {name} block {block} channel {count}: finite and evaluated px differ"
                     raise StoreError(msg)
                 written += self._write_region(name, (count, *region), values)

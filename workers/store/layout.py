@@ -14,6 +14,7 @@ from schemas.frozen import Frozen
 from schemas.heatmap import TileStatus
 from schemas.ngff import LabelsAttributes
 from schemas.run import HeatmapInfo, TilesInfo
+from workers.store.bags import write_bag
 from workers.store.ngff import (
     axis_names,
     coverage_attributes,
@@ -22,13 +23,12 @@ from workers.store.ngff import (
     registration,
 )
 from workers.store.reductions import write_reductions
+from workers.store.rows import ERROR_BYTES
 
 ERROR_TABLE = ("", "see error_text", "the network gave values that are not finite", "given up by the pool")
 """Short reasons, the table of `error`; a reason that begins like one of them has its code."""
 DEVICES = ("", "cpu", "cuda", "mps", "xpu")
 """Kinds of device, the table of `device`."""
-ERROR_BYTES = 512
-"""A reason is kept in this many bytes of UTF-8, in its unit's own chunk (attributes are shared by all workers)."""
 _BOX_ROWS = 65536
 """Boxes are written once, when the store is made, so that their chunks need not be units."""
 _COMPRESSOR = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
@@ -55,7 +55,7 @@ def write_tiles(path: Path, info: TilesInfo, boxes: NDArray[np.int64]) -> None:
     status = array("status/explain", "uint8", TileStatus.PENDING, (), unit)
     array("error", "uint8", 0, (), unit).attrs["table"] = list(ERROR_TABLE)
     array("error_text", "uint8", 0, (ERROR_BYTES,), unit)
-    if info.classes:
+    if info.classes and not info.features:
         array("scores", "float32", nan, (len(info.classes),), unit)
     array("device", "uint8", 0, (), unit).attrs["table"] = list(DEVICES)
     array("target_index", "int32", -1, (targets,), unit)
@@ -64,6 +64,7 @@ def write_tiles(path: Path, info: TilesInfo, boxes: NDArray[np.int64]) -> None:
         # one target a chunk: a stitch task reads one channel at a time
         array(f"maps/{method}", "float32", nan, (targets, *grid.shape), unit, one=True)
     write_reductions(group, info)
+    write_bag(group, info)
     if info.planned < tiles:
         left_out = np.zeros(tiles, np.uint8)
         left_out[info.planned :] = TileStatus.LEFT_OUT
@@ -89,8 +90,11 @@ def write_heatmap(path: Path, info: HeatmapInfo, name: str) -> None:
     """All arrays and metadata of a new heatmap, `complete` false: a viewer may open it at once."""
     root = zarr.create_group(path, zarr_format=3, attributes=heatmap_attributes(info, name))
     channels, grid = len(info.channels), info.grid
-    labels = root.create_group("labels", attributes={"ome": dumped(LabelsAttributes(labels=("coverage",)))})
-    coverage = labels.create_group("coverage", attributes={"ome": dumped(coverage_attributes(info))})
+    labels = root.create_group("labels", attributes={"ome": dumped(LabelsAttributes(labels=info.labels))})
+    coverages = [
+        labels.create_group(name, attributes={"ome": dumped(coverage_attributes(info, name))})
+        for name in info.labels
+    ]
     blocks = root.create_group("blocks")
     images = [(root, range(len(grid.levels)))]
     if has_peak(info):
@@ -109,16 +113,17 @@ def write_heatmap(path: Path, info: HeatmapInfo, name: str) -> None:
                 dimension_names=axis_names(info, True),
             )
     for level, shape in enumerate(grid.levels):
-        coverage.create_array(
-            str(level),
-            shape=shape,
-            chunks=grid.chunk,
-            shards=grid.shards[level],
-            dtype="uint8",
-            fill_value=0,
-            compressors=_COMPRESSOR,
-            dimension_names=axis_names(info, False),
-        )
+        for coverage in coverages:
+            coverage.create_array(
+                str(level),
+                shape=shape,
+                chunks=grid.chunk,
+                shards=grid.shards[level],
+                dtype="uint8",
+                fill_value=0,
+                compressors=_COMPRESSOR,
+                dimension_names=axis_names(info, False),
+            )
         blocks.create_array(
             str(level),
             shape=grid.blocks(level),

@@ -97,10 +97,10 @@ def peak_attributes(info: HeatmapInfo, name: str) -> ImageAttributes:
     return ImageAttributes(multiscales=(scales,), omero=omero(info))
 
 
-def coverage_attributes(info: HeatmapInfo) -> ImageAttributes:
-    """`ome` of `labels/coverage`."""
+def coverage_attributes(info: HeatmapInfo, label: str) -> ImageAttributes:
+    """`ome` of `labels/coverage` and its like."""
     order = "evaluated, failed, left out, background, pending, outside: the first of any child"
-    scales = multiscale(info, "coverage", order, range(len(info.grid.levels)), channels=False)
+    scales = multiscale(info, label, order, range(len(info.grid.levels)), channels=False)
     colors = tuple(LabelColor(label_value=int(code), rgba=rgba) for code, rgba in _COVERAGE_RGBA.items())
     return ImageAttributes(multiscales=(scales,), image_label=ImageLabel(colors=colors))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -23,7 +22,8 @@ from schemas.geometry import Box
 from schemas.heatmap import TileStatus
 from schemas.run import Counts, TileFailure, TilesInfo
 from workers.store.folders import move_aside, new_folder, read_ledger, sweep_partials
-from workers.store.layout import DEVICES, ERROR_BYTES, ERROR_TABLE, write_tiles
+from workers.store.layout import DEVICES, ERROR_TABLE, write_tiles
+from workers.store.rows import ERROR_BYTES, encode_reason, read_rows, reasons, write_chunk
 
 
 class TilesStore:
@@ -159,6 +159,7 @@ class TilesStore:
         errors: Mapping[int, str],
         flags: Mapping[str, NDArray[np.uint8]] | None = None,
         device: str = "",
+        outside: NDArray[np.bool_] | None = None,
     ) -> int:
         """Write all of a unit, `status` last; the same values give the same bytes, however often.
 
@@ -178,6 +179,8 @@ class TilesStore:
             Method -> `(n, target)`, bits of `MapFlag`; None: no flag.
         device
             Kind of device it was computed on, one of `DEVICES`.
+        outside
+            `(n,)` tiles of a bag that are not explained inside, by choice: they have no map.
 
         Returns
         -------
@@ -192,8 +195,9 @@ class TilesStore:
         rows = self.unit_rows(unit)
         failed = np.zeros(len(rows), bool)
         failed[list(errors)] = True
+        finite = ~failed if outside is None else ~(failed | outside)
         columns: dict[str, NDArray[Any]] = {"target_index": target_index}
-        if self.info.classes:
+        if "scores" in self._group:
             columns["scores"] = scores
         columns.update({f"maps/{name}": values for name, values in maps.items()})
         if set(maps) != set(self.info.grids):
@@ -207,14 +211,14 @@ class TilesStore:
         codes = np.zeros(len(rows), np.uint8)
         texts = np.zeros((len(rows), ERROR_BYTES), np.uint8)
         for row, reason in errors.items():
-            codes[row], texts[row] = _encode(reason)
+            codes[row], texts[row] = _code(reason), encode_reason(reason)
         columns |= {"error": codes, "error_text": texts}
         for name, values in columns.items():
             expected = (len(rows), *self._array(name).shape[1:])
             if values.shape != expected:
                 msg = f"{self.path}: unit {unit}, {name} is {values.shape}; expected {expected}"
                 raise StoreError(msg)
-            if name.startswith("maps/") and not np.isfinite(values[~failed]).all():
+            if name.startswith("maps/") and not np.isfinite(values[finite]).all():
                 msg = (
                     f"{self.path}: unit {unit}, {name}: a tile without an error has a map that is not finite"
                 )
@@ -232,16 +236,7 @@ class TilesStore:
     def _write_rows(
         self, name: str, rows: NDArray[np.int64], values: NDArray[Any], rest: int | None = None
     ) -> int:
-        """Write the whole chunk: the unit's tiles, then `rest` (or fill) for those the plan left out."""
-        array = self._array(name)
-        start = int(rows[0])
-        stop = min(start + self.info.spec.unit, self.info.tiles)
-        chunk = np.full(
-            (stop - start, *array.shape[1:]), array.fill_value if rest is None else rest, array.dtype
-        )
-        chunk[: len(rows)] = values
-        array[start:stop] = chunk
-        return chunk.nbytes
+        return write_chunk(self._array(name), rows, values, self.info.spec.unit, rest)
 
     def fail_unit(self, unit: int, reason: str) -> None:
         """Mark every tile of a unit that the pool gave up as failed (the driver does this)."""
@@ -270,13 +265,7 @@ class TilesStore:
         return self._rows(f"maps/{method}", rows, target)
 
     def _rows(self, name: str, rows: NDArray[np.int64], *rest: int) -> NDArray[Any]:
-        array = self._array(name)
-        out = np.empty((len(rows), *array.shape[1 + len(rest) :]), array.dtype)
-        size = self.info.spec.unit
-        for a, b in pairwise(np.flatnonzero(np.diff(rows // size, prepend=-1, append=-1)).tolist()):
-            start = int(rows[a] // size * size)
-            out[a:b] = array[(slice(start, min(start + size, array.shape[0])), *rest)][rows[a:b] - start]
-        return out
+        return read_rows(self._array(name), rows, self.info.spec.unit, *rest)
 
     def done_rows(self) -> NDArray[np.bool_]:
         """`(N,)` which tiles have a map."""
@@ -284,7 +273,7 @@ class TilesStore:
 
     def scores(self) -> NDArray[np.float32]:
         """`(N, class)` raw outputs of all tiles; NaN where there are none."""
-        if not self.info.classes:
+        if "scores" not in self._group:
             return np.empty((self.info.tiles, 0), np.float32)
         return cast("NDArray[np.float32]", self._array("scores")[:])
 
@@ -323,12 +312,12 @@ class TilesStore:
     def failures(self) -> tuple[TileFailure, ...]:
         """Failed tiles with their boxes and reasons, by index."""
         rows = np.flatnonzero(self.statuses() == TileStatus.FAILED)
-        texts = self._rows("error_text", rows)
+        texts = reasons(self._rows("error_text", rows))
         return tuple(
             TileFailure(
                 tile=row,
                 box=Box(frame="l0", start=tuple(box[0]), stop=tuple(box[1])),
-                reason=text.tobytes().rstrip(b"\0").decode(),
+                reason=text,
             )
             for row, box, text in zip(rows.tolist(), self._boxes[rows].tolist(), texts, strict=True)
         )
@@ -353,6 +342,10 @@ class TilesStore:
             status[retried] = TileStatus.PENDING
             self._array("status/explain")[:] = status
 
+    def reset(self) -> None:
+        """Set all planned tiles back to pending; clear the whole heatmap first. Only while no worker runs."""
+        self._array("status/explain")[: self.info.planned] = TileStatus.PENDING
+
     def _retried(self) -> NDArray[np.bool_]:
         status = self.statuses()
         unit = np.arange(len(status)) // self.info.spec.unit
@@ -361,11 +354,9 @@ class TilesStore:
         return again
 
 
-def _encode(reason: str) -> tuple[int, NDArray[np.uint8]]:
-    """Code in `ERROR_TABLE`, and padded UTF-8 cut at a whole character."""
-    code = next((i for i, short in enumerate(ERROR_TABLE) if i > 1 and reason.startswith(short)), 1)
-    raw = reason.encode()[:ERROR_BYTES].decode(errors="ignore").encode()
-    return code, np.frombuffer(raw.ljust(ERROR_BYTES, b"\0"), np.uint8)
+def _code(reason: str) -> int:
+    """Place in `ERROR_TABLE`."""
+    return next((i for i, short in enumerate(ERROR_TABLE) if i > 1 and reason.startswith(short)), 1)
 
 
 def differing_fields(found: Any, expected: Any, name: str = "") -> list[str]:

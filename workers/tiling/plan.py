@@ -65,6 +65,7 @@ def make_plan(
     mask_downsample: tuple[float, ...],
     tissue: TissueSpec,
     region_l0: tuple[tuple[tuple[float, float], ...], ...] = (),
+    placed: NDArray[np.int64] | None = None,
 ) -> Plan:
     """Keep the tiles that hold enough tissue; split them into asked-for and left out.
 
@@ -76,7 +77,12 @@ def make_plan(
         `(*S)` tissue at `mask_downsample` level-0 px a mask px and axis; None keeps every tile.
     region_l0
         Polygons of level-0 `(y, x)`; a tile that meets none of them is left out by choice.
+    placed
+        `(N, 2, axes)` level-0 boxes that are the tiles, all of them, wherever they came from.
     """
+    if placed is not None:
+        size = unit if isinstance(unit, int) else default_unit(unit, len(placed))
+        return Plan(lattice, placed, len(placed), size)
     index = all_indices(lattice)
     start = starts(lattice, index)
     if mask is not None:
