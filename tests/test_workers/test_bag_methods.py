@@ -112,6 +112,18 @@ def test_gradient_is_autograd_in_whatever_chunks(name: str, monkeypatch: pytest.
     torch.testing.assert_close(slope, (h * expected).sum(1), atol=1e-12, rtol=1e-12)
 
 
+def test_values_do_not_hang_on_what_else_is_asked() -> None:
+    """Half precision in the store, float32 in the head; slopes and sums come of one reading where both are asked."""
+    head, h = tiny_head("abmil_gated").float(), features(500).half()
+    together = attribute(BagView(head, h, torch.eye(3)), ["drop_one", "contribution", "gradient_input"])
+    for name, one in together.items():
+        alone = attribute(BagView(head, h, torch.eye(3)), [name])[name]
+        assert torch.equal(alone.relevance, one.relevance)
+    with torch.no_grad():
+        rest = head(h[1:]) - head(h)
+    torch.testing.assert_close(together["drop_one"].relevance[0], -rest, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["abmil_gated", "clam_mb", "dsmil"])
 @pytest.mark.parametrize("baseline", ["zero", "mean"])
 def test_integrated_gradients_make_up_the_rise_from_the_baseline(name: str, baseline: str) -> None:

@@ -85,9 +85,19 @@ class BagView:
     @cached_property
     def sums(self) -> Sums | None:
         """Energies and evidence of every tile, where any part of the bag is a sum over its tiles; else None."""
-        if not hasattr(self.head, "parts") or self._proved().energies is None:
-            return None
-        return self._read(1.0, None, slopes=False)[0]
+        return self._read(1.0, None, slopes=False)[0] if self.closed else None
+
+    @cached_property
+    def closed(self) -> bool:
+        """Whether any part of the bag is a sum over its tiles."""
+        return hasattr(self.head, "parts") and self._proved().energies is not None
+
+    @cached_property
+    def _here(self) -> tuple[Sums, Tensor, Tensor]:
+        """Sums and their slopes at the features themselves; one reading of the bag is both."""
+        found = self._read(1.0, None, slopes=True)
+        self.sums = found[0]
+        return found
 
     @cached_property
     def logits(self) -> Tensor:
@@ -147,8 +157,9 @@ class BagView:
         Tensor
             `(N, T)` float64: gradient of target t with respect to the features of tile i, times `h_i - baseline`.
         """
-        if self.sums is not None:
-            sums, d_energies, d_evidence = self._read(at, baseline, slopes=True)
+        if self.closed:
+            here = at == 1 and baseline is None
+            sums, d_energies, d_evidence = self._here if here else self._read(at, baseline, slopes=True)
             a = sums.attention
             rise = a * (d_energies * (sums.evidence - sums.mean) + d_evidence)
             return rise @ self.wide.T
@@ -168,7 +179,7 @@ class BagView:
         found = torch.empty(self.h.shape, dtype=self.dtype, device=self.device)
         with frozen(self.head):
             for rows, x in self._chunks(self.h):
-                leaf = x.requires_grad_()
+                leaf = x.clone().requires_grad_()
                 energies, evidence = self._numbers(leaf)
                 y = (energies * to_energies[rows]).sum() + (evidence * to_evidence[rows]).sum()
                 found[rows] = _backward(y, leaf)
@@ -219,7 +230,7 @@ class BagView:
     def _chunks(self, h: Tensor) -> Iterator[tuple[slice, Tensor]]:
         for first in range(0, len(h), CHUNK):
             rows = slice(first, first + CHUNK)
-            yield rows, self._cast(h[rows]).clone()
+            yield rows, self._cast(h[rows])
 
     def _cast(self, h: Tensor) -> Tensor:
         return h.to(self.device, self.dtype)

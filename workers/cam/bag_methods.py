@@ -95,10 +95,11 @@ def attribute(bag: BagView, methods: Sequence[str]) -> dict[str, Attributed]:
     for row in rows.values():
         row.check(bag.head)
     found = {}
-    for name, row in rows.items():
+    # slopes first: they read the bag once for all
+    for name, row in sorted(rows.items(), key=lambda item: "gradients" not in item[1].info.needs):
         relevance, facts = row.run(bag, row.options)
         found[name] = Attributed(relevance.float(), {k: tuple(v.tolist()) for k, v in facts.items()})
-    return found
+    return {name: found[name] for name in rows}
 
 
 def bag_method(name: str) -> BagMethod:
@@ -111,12 +112,14 @@ def attention(bag: BagView, _: Any) -> tuple[Tensor, Facts]:
 
     A head with an attention a class gives that of the target's class, of a contrast the mean over its classes.
     """
+    share = bag.wide.abs() / bag.wide.abs().sum(1, keepdim=True)
+    if bag.sums is not None:
+        return bag.sums.attention @ share.T, {}
     if hasattr(bag.head, "attention"):
         found = bag.quietly(bag.head.attention).double().T
     else:
         assert bag.parts is not None
         found = bag.parts.attention.double().T
-    share = bag.wide.abs() / bag.wide.abs().sum(1, keepdim=True)
     return (found @ share.T if found.shape[1] > 1 else found.expand(-1, len(share))), {}
 
 
