@@ -42,9 +42,10 @@ def read_features(path: str | Path) -> ImportedFeatures:
         Missing, unreadable, without `features`, or of other shapes. Values are not looked at.
     """
     path = Path(path)
+    attributes: dict[str, Any] = {}
     try:
         if path.suffix.lower() == ".npy":
-            features, coords, attributes = np.load(path, allow_pickle=False), None, {}
+            features, coords = np.load(path, allow_pickle=False), None
         else:
             features, coords, attributes = _hdf5(path)
     except (OSError, ValueError, KeyError) as error:
