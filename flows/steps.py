@@ -11,7 +11,6 @@ from flows.blocks import BlockOrder
 from flows.first_pass import collect_and_solve, embed_and_attribute, forget_failed
 from flows.progress import Event
 from schemas.errors import GigacamError, StoreError
-from schemas.frozen import digest
 from schemas.image import ImageRequest
 from schemas.run import (
     BlockTask,
@@ -27,7 +26,7 @@ from workers.explainer import Explainer, ExplainInit
 from workers.inside import InsideExplainer
 from workers.planner import Job, Model, plan_image
 from workers.pool import Pool, Stage, Worker
-from workers.provenance import keep_rate, versions
+from workers.provenance import keep_rate, rate_key, versions
 from workers.publisher import drop_derived, finished_report, predictions, publish_heatmap, write_image_report
 from workers.readers import open_image
 from workers.reducer import Collector, SolveInit, Solver
@@ -142,7 +141,7 @@ def _compute(
     every = bool(cam.methods) and cam.inside.every  # else tiles were done that no network saw
     if every and run.tiles_computed and run.seconds.get("explain"):
         for device in run.devices:
-            keep_rate(digest(model.facts.card), device, run.tiles_computed / run.seconds["explain"])
+            keep_rate(rate_key(tiles.info.spec), device, run.tiles_computed / run.seconds["explain"])
     counts = tiles.counts()
     if counts.planned == 0:
         notes.append(f"no tile holds enough tissue ({job.tissue_method}): nothing was computed")

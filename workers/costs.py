@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from schemas.frozen import digest
 from schemas.plan import PlanSummary
 from schemas.run import ExplainRequest, PoolSettings
 from workers.bag_plan import bag_bytes
 from workers.explainer import ExplainInit, pick_device, tiles_per_second
 from workers.planner import Job, Model
-from workers.provenance import keep_rate, last_rate
+from workers.provenance import keep_rate, last_rate, rate_key
 from workers.store.reductions import collected_bytes, group_count, group_rows
 from workers.tiling.plan import heatmap_bytes, peak_memory_bytes, tiles_bytes
 
@@ -22,7 +21,7 @@ from workers.tiling.plan import heatmap_bytes, peak_memory_bytes, tiles_bytes
 def summarise(job: Job, request: ExplainRequest, model: Model, pool: PoolSettings) -> PlanSummary:
     """What the plan costs, for people and machines."""
     tiles, heat, plan = job.tiles, job.heatmap, job.plan
-    rate = last_rate(digest(model.facts.card), pick_device("auto"))
+    rate = last_rate(rate_key(tiles.spec), pick_device("auto"))
     given = request.model_fields_set | {f"heatmap.{name}" for name in request.heatmap.model_fields_set}
     used = {
         "methods": ",".join(tiles.spec.cam.methods),
@@ -110,4 +109,4 @@ def measure_rate(job: Job, model: Model, threads: int) -> None:
         init = ExplainInit(tiles="", tiles_id="", model=model.path, threads=threads)
         batch = job.plan.boxes[: min(job.tiles.spec.batch, job.plan.planned)]
         rate = tiles_per_second(job.tiles, init, batch)
-        keep_rate(digest(model.facts.card), pick_device("auto"), rate)
+        keep_rate(rate_key(job.tiles.spec), pick_device("auto"), rate)
