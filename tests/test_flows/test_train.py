@@ -1,0 +1,211 @@
+"""`gigacam train`: features and labels in, a model card with figures out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from flows.cli import main
+from schemas.errors import ModelError, SourceError
+from schemas.training import TrainReport
+from workers.models.bags import load_head
+from workers.models.card import load_card
+from workers.readers.features import read_features
+from workers.synthetic.bags import ToyBag, toy_bags
+
+ENCODER = """schema = 1
+name = "encoder"
+version = "1"
+licence = "CC0-1.0"
+intended_use = "tests"
+[network]
+adapter = "factory"
+name = "tests.test_flows.networks:never_loaded"
+weights = "encoder.safetensors"
+sha256 = "{sha}"
+[input]
+kind = "slide"
+channels = 3
+tile = [32, 32]
+mpp = 0.5
+[output]
+kind = "embedding"
+[cam]
+layer = "relu"
+"""
+QUICK = ["--epochs", "8", "--learning-rate", "0.01", "--args", '{"hidden": 16, "size": 8}']
+
+
+@pytest.fixture(scope="module")
+def toys() -> tuple[ToyBag, ...]:
+    return toy_bags("presence", 40, seed=3, tiles=(4, 8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, toys: tuple[ToyBag, ...]) -> Path:
+    """A CSV of 40 slides of 20 patients, their features as `.h5` and `.npy`, an encoder's card in another folder."""
+    (tmp_path / "features").mkdir()
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "model.toml").write_text(ENCODER.format(sha="0" * 64))
+    lines = ["image,label,patient"]
+    for i, toy in enumerate(toys):
+        path = tmp_path / "features" / f"s{i}"
+        if i % 3:
+            with h5py.File(path.with_suffix(".h5"), "w") as file:
+                file["features"] = toy.features
+                file["coords"] = toy.position[:, ::-1] * 256
+                file["coords"].attrs["patch_size"] = 256
+        else:
+            np.save(path.with_suffix(".npy"), toy.features)
+        lines.append(f"s{i}.svs,{('clear', 'nine')[toy.label]},p{i // 4 * 2 + i % 2}")
+    (tmp_path / "slides.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def command(folder: Path, *more: str, out: str = "out") -> int:
+    words = ["train", str(folder / "slides.csv"), "--model", str(folder / "encoder" / "model.toml"),
+             "--features", str(folder / "features"), "--out", str(folder / out), *more]  # fmt: skip
+    try:
+        main(words)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def report_of(folder: Path, out: str = "out") -> TrainReport:
+    return TrainReport.model_validate_json((folder / out / "train.json").read_bytes())
+
+
+@pytest.mark.parametrize("mhim", ["", "v2"])
+def test_a_head_is_trained_judged_and_written_down(
+    folder: Path, toys: tuple[ToyBag, ...], mhim: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [*QUICK, "--folds", "2", *(["--mhim", mhim] if mhim else [])]
+    assert command(folder, *more) == 0
+    told = capsys.readouterr()
+    assert "on 40 slides of patients not seen" in told.out
+    assert "auroc" in told.out
+    report = report_of(folder)
+    assert (report.slides, report.patients, report.features) == (40, 20, 32)
+    assert sorted(report.tested) == sorted(str(folder / f"s{i}.svs") for i in range(40))
+    auroc = report.figures["auroc"]
+    assert auroc.value is not None
+    assert auroc.low is not None
+    assert auroc.high is not None
+    assert auroc.low <= auroc.value <= auroc.high
+    if not mhim:  # of a bag with one positive tile MHIM v2 masks that one: nothing to learn here
+        assert auroc.value >= 0.9
+    names = ["fold 1", "fold 2", "head"]
+    assert list(report.epochs) == ([n for k in names for n in (f"{k} teacher", k)] if mhim else names)
+    assert (folder / "out" / "learning.png").read_bytes()[:4] == b"\x89PNG"
+
+    loaded = load_card(report.card)
+    card = loaded.card
+    assert card.bag is not None
+    assert (card.bag.sha256, card.bag.features, card.bag.encoder_digest) == (report.sha256, 32, "")
+    assert card.output.classes == ("clear", "nine")
+    assert (loaded.folder / card.network.weights).resolve() == (
+        folder / "encoder" / "encoder.safetensors"
+    ).resolve()
+    head = load_head(loaded)
+    said = [int(head(torch.from_numpy(toy.features)).argmax()) for toy in toys]
+    right = np.mean([a == toy.label for a, toy in zip(said, toys, strict=True)])
+    assert mhim or right >= 0.95
+
+    weights = (folder / "out" / "head.safetensors").stat().st_mtime_ns
+    assert command(folder, *more) == 0  # already done
+    assert (folder / "out" / "head.safetensors").stat().st_mtime_ns == weights
+    assert command(folder, *more, "--seed", "1") == 1
+    assert "another training" in capsys.readouterr().err
+
+
+def test_a_training_goes_on_where_it_was_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import workers.training.mil as mil
+
+    more = [*QUICK, "--folds", "1"]
+    assert command(folder, *more, out="whole") == 0
+    save, saved = mil._save, []
+
+    def once(path: Path, *rest: Any) -> None:
+        save(path, *rest)
+        saved.append(path)
+        if len(saved) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(mil, "_save", once)
+    assert command(folder, *more, out="parts") == 130
+    monkeypatch.setattr(mil, "_save", save)
+    assert command(folder, *more, out="parts") == 0
+    assert report_of(folder, "parts").sha256 == report_of(folder, "whole").sha256
+    assert len(report_of(folder, "whole").tested) < 12
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "features" / name).unlink()
+
+
+def replaced(features: Any) -> Callable[[Path], None]:
+    return lambda folder: np.save(folder / "features" / "s0.npy", features)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "more", "code", "words"),
+    [
+        (without("s0.npy"), [], 1, "s0.svs: 0 places of its features"),
+        (replaced(np.zeros((2, 9), np.float32)), [], 1, "numbers a tile"),
+        (replaced(np.full((2, 32), np.nan, np.float32)), [], 1, "2 of 2 tiles"),
+        (replaced(np.zeros((0, 32), np.float32)), [], 1, "at least one tile"),
+        (replaced(np.zeros((2, 32), int)), [], 1, "expected floats"),
+        (lambda _: None, ["--head", "abmill"], 2, "abmill"),
+        (lambda _: None, ["--head", "transmil"], 1, "positions are never invented"),
+        (lambda _: None, ["--mhim", "v3"], 2, "--mhim v3"),
+        (lambda _: None, ["--head", "mean", "--mhim", "v1"], 2, "MeanHead"),
+        (lambda _: None, ["--args", '{"depth": 3}'], 2, "depth"),
+        (lambda _: None, ["--args", "{"], 2, "--args {"),
+        (lambda _: None, ["--loss", "hinge"], 2, "--loss hinge"),
+        (lambda _: None, ["--folds", "11"], 2, "fewer"),
+        (lambda _: None, ["--classes", "nine,ten"], 2, "labels clear, nine"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_any_training(
+    folder: Path, spoil: Callable[[Path], None], more: list[str], code: int, words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    spoil(folder)
+    assert command(folder, *more) == code
+    assert words in capsys.readouterr().err
+    assert not list((folder / "out").glob("*")) if (folder / "out").exists() else True
+
+
+def test_feature_files(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float16)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"] = features[None]
+        file["coords"] = np.arange(10).reshape(1, 5, 2)
+        file["coords"].attrs["patch_size_level0"] = np.int64(512)
+    found = read_features(tmp_path / "a.h5")
+    assert np.array_equal(found.features, features)
+    assert found.features.dtype == np.float16
+    assert found.corner_l0 is not None
+    assert found.corner_l0[1].tolist() == [3, 2]  # (x, y) = (2, 3)
+    assert json.loads(json.dumps(found.attributes)) == {"patch_size_level0": 512}
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["embedding"] = features
+    (tmp_path / "c.h5").write_bytes(b"no")
+    for name, words in (("b.h5", "it has embedding"), ("c.h5", "no readable"), ("d.npy", "no readable")):
+        with pytest.raises(SourceError, match=words):
+            read_features(tmp_path / name)
+    with pytest.raises(ModelError):
+        load_head(load_card_without_bag(tmp_path))
+
+
+def load_card_without_bag(folder: Path) -> Any:
+    (folder / "model.toml").write_text(ENCODER.format(sha="0" * 64))
+    return load_card(folder / "model.toml")
