@@ -31,6 +31,12 @@ class InsideSpec(Frozen):
             raise SpecError(msg)
         return cls(top=float(found[1]), sample=float(found[2] or 0))
 
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        if not self.sample:
+            return {1.0: "all", 0.0: "none"}.get(self.top, f"{self.top:g}")
+        return f"{self.top:g}+{self.sample:g}"
+
     @property
     def every(self) -> bool:
         """Whether no tile is left out."""

@@ -38,6 +38,8 @@ def summarise(job: Job, request: ExplainRequest, model: Model, pool: PoolSetting
         "heatmap.downsample": str(heat.spec.downsample),
         "heatmap.importance": heat.spec.importance,
     }
+    if tiles.features:
+        used |= {"bag_methods": ",".join(tiles.spec.cam.bag_methods), "inside": str(request.inside)}
     groups = range(group_count(plan.units)) if tiles.reductions else range(0)
     twice = (
         f"{', '.join(tiles.reductions)}: every tile is read and goes through the network twice, first to be summed in "
