@@ -46,4 +46,4 @@ def agree(found: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
     expected = expected.detach()
     scale = float(expected.abs().max())
     assert scale > 0, "two empty maps prove nothing"
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol / 10 * scale)
+    torch.testing.assert_close(found, expected.to(found.dtype), rtol=rtol, atol=rtol / 10 * scale)
