@@ -13,12 +13,18 @@ import pytest
 import torch
 
 from flows.cli import main
+from schemas.bag import InsideSpec
 from schemas.errors import ModelError, SourceError
 from schemas.training import TrainReport
+from tests.test_flows.networks import write_bag_card
+from tests.test_flows.runs import explain, tiles_of
 from workers.models.bags import load_head
 from workers.models.card import load_card
 from workers.readers.features import read_features
+from workers.store.bags import Bag
 from workers.synthetic.bags import ToyBag, toy_bags
+from workers.trainer import FeatureSource
+from workers.training.bags import Case
 
 ENCODER = """schema = 1
 name = "encoder"
@@ -184,6 +190,24 @@ def test_what_cannot_be_trained_is_said_before_any_training(
     assert not list((folder / "out").glob("*")) if (folder / "out").exists() else True
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_features_of_an_explained_slide_say_whose_they_are(tmp_path: Path) -> None:
+    card = write_bag_card(tmp_path, "mean")
+    slide = "procedural:slide?width=600&height=400&tissue=0.5&seed=7"
+    report = explain(
+        slide, card, tmp_path / "run", bag_methods=("contribution",), inside=InsideSpec(top=0), tissue="none"
+    )
+    tiles = tiles_of(report)
+    bag = Bag(tiles.path, tiles.info)
+    case = Case(slide, 0, "p", features=report.images[0].output)
+    source = FeatureSource("", load_card(card), ordered=True)
+    assert np.array_equal(source(case), bag.features(bag.rows()))  # planned row by row
+    assert source.digests == {tiles.info.spec.card["state_sha256"]}
+    (tmp_path / "model.toml").write_text(ENCODER.format(sha="0" * 64))
+    with pytest.raises(ModelError, match="another network"):
+        FeatureSource("", load_card(tmp_path / "model.toml"), ordered=False)(case)
+
+
 def test_feature_files(tmp_path: Path) -> None:
     features = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float16)
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -202,10 +226,3 @@ def test_feature_files(tmp_path: Path) -> None:
     for name, words in (("b.h5", "it has embedding"), ("c.h5", "no readable"), ("d.npy", "no readable")):
         with pytest.raises(SourceError, match=words):
             read_features(tmp_path / name)
-    with pytest.raises(ModelError):
-        load_head(load_card_without_bag(tmp_path))
-
-
-def load_card_without_bag(folder: Path) -> Any:
-    (folder / "model.toml").write_text(ENCODER.format(sha="0" * 64))
-    return load_card(folder / "model.toml")
