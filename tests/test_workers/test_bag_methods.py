@@ -112,8 +112,9 @@ def test_gradient_is_autograd_in_whatever_chunks(name: str, monkeypatch: pytest.
     torch.testing.assert_close(slope, (h * expected).sum(1), atol=1e-12, rtol=1e-12)
 
 
-def test_values_do_not_hang_on_what_else_is_asked() -> None:
+def test_values_do_not_hang_on_what_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision in the store, float32 in the head; slopes and sums come of one reading where both are asked."""
+    monkeypatch.setattr(bag_module, "CHUNK", 200)
     head, h = tiny_head("abmil_gated").float(), features(500).half()
     together = attribute(BagView(head, h, torch.eye(3)), ["drop_one", "contribution", "gradient_input"])
     for name, one in together.items():

@@ -157,7 +157,8 @@ class BagView:
         Tensor
             `(N, T)` float64: gradient of target t with respect to the features of tile i, times `h_i - baseline`.
         """
-        if self.closed:
+        # torch takes over a second to make ready for forward mode: of a small bag, more than it saves
+        if self.closed and len(self) > CHUNK:
             here = at == 1 and baseline is None
             sums, d_energies, d_evidence = self._here if here else self._read(at, baseline, slopes=True)
             a = sums.attention
