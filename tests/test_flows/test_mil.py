@@ -369,7 +369,7 @@ BAD_FEATURES = [
         {"features": lambda f: np.where(np.arange(len(f))[:, None] == 4, np.nan, f)},
         "1 of 24 tiles have features",
     ),
-    ({"features": lambda f: f * np.float32([1, -1, 1])}, "another encoder's, or of other pixels"),
+    ({"features": lambda f: f * np.array([1, -1, 1], np.float32)}, "another encoder's, or of other pixels"),
     ({"coords": None}, "positions are never invented"),
     ({"coords": lambda c: c + 700}, "lie off the slide"),
     (
