@@ -235,7 +235,9 @@ def methods(as_json: AsJson = False) -> None:
         "--bag-method": [row.info for row in BAG_METHODS.values()],
     }
     if as_json:
-        print(json.dumps([{"flag": f, **r.model_dump(mode="json")} for f, infos in rows.items() for r in infos]))
+        print(
+            json.dumps([{"flag": f, **r.model_dump(mode="json")} for f, infos in rows.items() for r in infos])
+        )
         return
     from flows.tables import method_table, print_table
 

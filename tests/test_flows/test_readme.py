@@ -224,7 +224,13 @@ def test_the_methods_shown_are_those_there_are() -> None:
 def test_pictures_and_files_named_exist() -> None:
     (picture,) = re.findall(r"!\[.+?\]\((.+?)\)", TEXT)
     assert 10_000 < (ROOT / picture).stat().st_size < 400_000
-    for name in ("deploy/constraints.txt", "deploy/guide/methods.md", "deploy/prefect.yaml", "CHANGELOG.md", "LICENSE"):
+    for name in (
+        "deploy/constraints.txt",
+        "deploy/guide/methods.md",
+        "deploy/prefect.yaml",
+        "CHANGELOG.md",
+        "LICENSE",
+    ):
         assert (ROOT / name).exists()
     for example in ("Dockerfile", "compose.yaml", "kuberay", "slurm", "decisions"):
         assert (ROOT / "deploy" / example).exists()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.errors import ModelError
+from schemas.explanation import MapFlag
 from tests.test_workers.tiny_networks import classes, conv_net, lively, monai_networks, tiles
 from workers.cam.capture import HookedNet, PairNet
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.fullgrad import fullgrad
 from workers.cam.inputs import mean_onto, sum_onto
 from workers.cam.method import Options

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from schemas.errors import ModelError
+from schemas.explanation import MapFlag
 from tests.test_workers.tiny_networks import classes, conv_net, tiles
 from workers.cam.capture import HookedNet
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.gradient import (
     counterfactual,
     gradcam,

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from schemas.errors import ModelError, SpecError
+from schemas.explanation import MapFlag
 from schemas.model import OutputSpec
 from tests.test_workers.tiny_networks import EVERYWHERE, classes, conv_net, tiles
 from workers.cam.capture import HookedNet
 from workers.cam.eigen import eigencam
-from workers.cam.explain import MapFlag, explain
+from workers.cam.explain import explain
 from workers.cam.gradient import gradcam, gradcampp, hirescam, layercam, xgradcam
 from workers.cam.head import linear_head
 from workers.cam.methods import METHODS

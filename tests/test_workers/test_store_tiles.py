@@ -13,7 +13,8 @@ from schemas.explanation import MapFlag
 from schemas.heatmap import TileStatus
 from schemas.run import TilesInfo
 from tests.test_workers.store_samples import fill_unit, map_grid, shifted_boxes, tiles_info, tree, unit_values
-from workers.store.layout import ERROR_BYTES, ERROR_TABLE
+from workers.store.layout import ERROR_TABLE
+from workers.store.rows import ERROR_BYTES
 from workers.store.tiles import TilesStore, differing_fields
 
 SHAPE = (30, 26)
