@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ Names = tuple[tuple[str, str | None], ...]
 prediction, left out."""
 
 
-class BagHead(nn.Module):
+class BagHead(nn.Module, ABC):
     """`(N, D)` features of one bag -> `(C,)` logits, in three steps: `classify(pool(project(h)))`.
 
     One bag at a time; in eval mode nothing is random. Every non-linearity and every softmax over tiles is a module of its
@@ -83,13 +84,13 @@ class BagHead(nn.Module):
         found: Tensor = self.projection(h.to(like.device, like.dtype))
         return found
 
+    @abstractmethod
     def pool(self, f: Tensor) -> Any:
         """`(N, M)` projected features -> what the classes are read from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def classify(self, pooled: Any) -> Tensor:
         """What `pool` gave -> `(C,)` logits."""
-        raise NotImplementedError
 
     def forward(self, h: Tensor) -> Tensor:
         """`(N, D)` -> `(C,)`."""
@@ -125,13 +126,13 @@ class BagHead(nn.Module):
 class PartsHead(BagHead):
     """A head whose logits are a sum over tiles, and which says so."""
 
+    @abstractmethod
     def attention(self, h: Tensor) -> Tensor:
         """`(N, D)` -> `(G, N)`, each row a softmax over the tiles: unsigned, and no evidence for a class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, h: Tensor) -> BagParts:
         """`(N, D)` -> the sum whose value the logits are."""
-        raise NotImplementedError
 
 
 def activation_module(name: str) -> nn.Module:
