@@ -10,7 +10,7 @@ STAMP := .venv/installed
 FIELD := .venv/field
 # Compiling all of 170 packages takes a minute; what is imported is compiled then.
 PIP_FLAGS ?= --quiet --no-compile
-# One process a core and one more (tests/conftest.py); tests that share a Ray or a Prefect server stay together in one.
+# One process a core; tests that share a Ray or a Prefect server stay together in one.
 PYTEST_FLAGS ?= -n auto --dist loadgroup
 
 # Linux's default torch wheel brings several GB of CUDA. Where there is no GPU, name the index of PyTorch's CPU builds

@@ -19,12 +19,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than cores: those that start Ray, Prefect and commands wait for a third of their time."""
-    return (os.cpu_count() or 1) + 1
-
-
 SERVICES = {"ray_session", "prefect_session"}
 
 
