@@ -35,7 +35,9 @@ def maps_of(
 
 
 def same(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found, expected.to(found.dtype), rtol=1e-5, atol=1e-6 * float(expected.abs().max())
+    )
     assert float(expected.abs().max()) > 0
 
 
