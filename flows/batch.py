@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from flows.export import check_formats
 from flows.progress import Event
 from flows.settings import with_threads
 from flows.steps import explain_image
@@ -78,6 +79,8 @@ def explain_batch(
     """
     began = time.perf_counter()
     settings = with_threads(settings)
+    if request.exports:
+        check_formats(request.exports)
     images = list_images(request)
     model = open_model(request)
     out = Path(request.out)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from flows import export
 from flows.options import (
     Address,
     AsJson,
@@ -23,6 +24,7 @@ from flows.options import (
     Direct,
     Downsample,
     Edge,
+    Exports,
     Features,
     ImageIdStyle,
     Images,
@@ -155,7 +157,7 @@ def explain(image: Images, model: ModelCardPath, out: Out, method: Methods = "",
             retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute tiles that failed before once more.")] = False,
             direct: Direct = False,
             strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that is not complete.")] = False,
-            image_id: ImageIdStyle = "stem", as_json: AsJson = False) -> None:  # fmt: skip
+            image_id: ImageIdStyle = "stem", export: Exports = "", as_json: AsJson = False) -> None:  # fmt: skip
     """Explain images: tiles, class activation maps, stitched heatmap pyramids."""
     request = explain_request(locals())
     settings = pool_settings(pool, ray_address, workers, threads)
@@ -301,6 +303,9 @@ def doctor() -> None:
         if not check.ok:
             print(f"      {check.remedy}")
     _exit(int(failed))
+
+
+export.register(app)
 
 
 def _run(request: ExplainRequest, asked: PoolSettings, direct: bool, as_json: bool) -> NoReturn:

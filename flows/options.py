@@ -164,6 +164,13 @@ Threads = Annotated[
 ImageIdStyle = Annotated[
     str, typer.Option("--image-id", help="Name of an image's folder: stem (file name and digest) or hash.")
 ]
+Exports = Annotated[
+    str,
+    typer.Option(
+        "--export",
+        help="Formats to write of each complete image, comma separated; gigacam export lists them. Default: none.",
+    ),
+]
 AsJson = Annotated[
     bool,
     typer.Option("--json", help="One JSON document on standard output; messages go to standard error."),
@@ -193,6 +200,7 @@ def explain_request(flags: dict[str, Any]) -> ExplainRequest:
         "tile": _tile(flags["tile"]),
         "read": read_options(flags["mpp"], flags["spacing"], flags["channel"], flags["time"]),
         "heatmap": heatmap,
+        "exports": words(flags.get("export", "")),
     }
     for name, value in flags.items():
         if name in ExplainRequest.model_fields and name not in values and value != _DEFAULTS.get(name, value):

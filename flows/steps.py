@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from flows.blocks import BlockOrder
+from flows.export import export_image
 from flows.first_pass import collect_and_solve, embed_and_attribute, forget_failed
 from flows.progress import Event
 from schemas.errors import GigacamError, StoreError
@@ -60,6 +62,7 @@ def explain_image(
         job = plan_image(image, request, model)
         tell(Event(name, "plan", message=f"{job.plan.planned} tiles in {job.plan.units} units"))
         report = _compute(job, name, request, model, pool, settings, tell)
+        report = _export(job, name, request, report, tell)
     except Exception as error:  # one image's failure, whatever it is, never ends the others
         if isinstance(error, GigacamError):
             message = error.message
@@ -184,6 +187,25 @@ def _compute(
             "intended_use": model.card.intended_use,
         },
     )
+
+
+def _export(
+    job: Job, name: str, request: ExplainRequest, report: ImageReport, tell: Callable[[Event], None]
+) -> ImageReport:
+    """Write the formats asked for, once the heatmap is whole; those that an earlier run wrote stay."""
+    kept = tuple(e for e in report.exports if e.skipped or (e.files and all(map(os.path.exists, e.files))))
+    report = report.model_copy(update={"exports": kept})
+    pending = [asked for asked in request.exports if asked not in {e.name for e in kept}]
+    if not pending or report.failed_tasks:
+        return report
+    write_image_report(job.folder, report)  # exports read it
+    tell(Event(name, "export"))
+    made = export_image(job.folder, pending)
+    for one in made:
+        if one.error or one.skipped:
+            tell(Event(name, "export", message=f"{one.name}: {one.error or one.skipped}"))
+    new = {one.name for one in made}
+    return report.model_copy(update={"exports": (*(e for e in kept if e.name not in new), *made)})
 
 
 def _stores(job: Job, request: ExplainRequest) -> tuple[TilesStore, HeatmapStore]:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from schemas.bag import AttributeTask, BagReport, InsideSpec
 from schemas.explanation import AskedPrecision, CamSpec, CellGeometry, Reduction, SolvedState
+from schemas.export import ExportReport
 from schemas.frozen import Frozen, digest
 from schemas.geometry import Box
 from schemas.grid import GridSpec, Lattice
@@ -260,6 +261,8 @@ class ImageReport(Frozen):
     states: tuple[SolvedState, ...] = ()
     """Of the methods that were solved once for the whole image."""
     bag: BagReport | None = None
+    exports: tuple[ExportReport, ...] = ()
+    """Made with the image (`--export`)."""
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -274,10 +277,11 @@ class RunReport(Frozen):
 
     @property
     def exit_code(self) -> int:
-        """0 when every image is complete (a duplicate is no failure), else 1; 130 when interrupted."""
+        """0 when every image is complete (a duplicate is no failure) and exported as asked, else 1; 130 when interrupted."""
         if any(r.status == "interrupted" for r in self.images):
             return 130
-        return int(any(r.status not in ("complete", "duplicate") for r in self.images))
+        failed = any(r.status not in ("complete", "duplicate") for r in self.images)
+        return int(failed or any(e.error for r in self.images for e in r.exports))
 
 
 class ExplainRequest(Frozen):
@@ -315,3 +319,5 @@ class ExplainRequest(Frozen):
     retry_failed: bool = False
     strict: bool = False
     image_id: Literal["stem", "hash"] = "stem"
+    exports: tuple[str, ...] = ()
+    """Formats each image is exported to once its heatmap is complete."""

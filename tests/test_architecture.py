@@ -98,7 +98,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
 
 ONLY_IN = {
     "prefect": ("flows",),
-    "typer": ("flows.cli", "flows.options"),
+    "typer": ("flows.cli", "flows.options", "flows.export"),
     "ray": ("workers.ray_pool",),
     "openslide": ("workers.readers.slide",),
     "monai": ("workers.models", "workers.readers"),

@@ -18,6 +18,7 @@ from schemas.geometry import Box
 from schemas.heatmap import TileStatus
 from schemas.model import OutputSpec
 from schemas.run import ImageReport, Prediction, RunReport
+from workers.store.folders import move_aside
 from workers.store.heatmap import HeatmapStore
 from workers.store.statistics import channel_statistics
 from workers.store.tiles import TilesStore
@@ -83,9 +84,14 @@ def write_json(path: Path, value: Frozen) -> None:
 
 
 def drop_derived(folder: Path) -> None:
-    """Remove what was made from a heatmap that is about to change: it would describe the earlier one."""
+    """Remove what was made from a heatmap that is about to change: it would describe the earlier one.
+
+    Exports are moved aside (`export.old-N`), as people may keep files of their own among them.
+    """
     for name in ("report.json", "overview.png", "heatmap.nii.gz"):
         (folder / name).unlink(missing_ok=True)
+    if (folder / "export").is_dir():
+        move_aside(folder / "export")
 
 
 def write_image_report(folder: Path, report: ImageReport) -> None:

@@ -264,6 +264,10 @@ class TilesStore:
         """`(n, *grid)` raw maps of some tiles (ascending) for one target; only their chunks are read."""
         return self._rows(f"maps/{method}", rows, target)
 
+    def flags_of(self, method: str, target: int, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """`(n,)` bits of `MapFlag` of some tiles' maps (ascending) for one target."""
+        return self._rows(f"flags/{method}", rows)[:, target]
+
     def _rows(self, name: str, rows: NDArray[np.int64], *rest: int) -> NDArray[Any]:
         return read_rows(self._array(name), rows, self.info.spec.unit, *rest)
 
