@@ -82,6 +82,8 @@ SIDEWAYS = {
     ("workers.ray_pool", "workers.pool"): "is one of its pools",
     ("workers.ray_pool", "workers.dispatch"): "is driven by it",
     ("workers.pool", "workers.ray_pool"): "opens the pool asked for, imported on demand",
+    ("workers.viewer", "workers.export"): "its pictures and volumes look and lie as the files do",
+    ("workers.viewer", "workers.report"): "leaves out of messages what reports leave out",
     ("workers.synthetic", "workers.training"): "its networks are fitted by the trainer users have",
 }
 """The edges inside a ring, each with its reason."""
@@ -98,7 +100,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
 
 ONLY_IN = {
     "prefect": ("flows",),
-    "typer": ("flows.cli", "flows.options", "flows.export"),
+    "typer": ("flows.cli", "flows.options", "flows.export", "flows.report", "flows.desktop", "flows.view"),
     "ray": ("workers.ray_pool",),
     "openslide": ("workers.readers.slide",),
     "monai": ("workers.models", "workers.readers"),
@@ -117,6 +119,7 @@ ONLY_IN = {
     "zarr": ("workers.store", "workers.readers", "workers.export", "workers.viewer"),
     "dask": ("workers.store", "workers.readers"),
     "pydicom": ("workers.readers", "workers.export"),
+    "starlette": ("workers.viewer",),
 }
 """Where a heavy library may be imported at all."""
 

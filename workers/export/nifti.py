@@ -56,7 +56,7 @@ def write_nifti(path: str | os.PathLike[str], heatmap: HeatmapStore, reader: Rea
     if meta.shape_l0 != info.grid.shape_l0:
         msg = f"{meta.uri}: has shape {meta.shape_l0}, its heatmap was made for {info.grid.shape_l0}; run it with --fresh"
         raise SourceError(msg)
-    header, turn = _source_header(meta) if meta.format == "nifti" else _ras_header(meta)
+    header, turn = source_grid(meta)
     shape_xyz = tuple(int(n) for n in header.get_data_shape())
     channels = len(info.channels)
     if channels > 1:
@@ -76,6 +76,17 @@ def write_nifti(path: str | os.PathLike[str], heatmap: HeatmapStore, reader: Rea
                 out.write(stored[:, :, plane].astype("<f4").tobytes("F"))
     os.replace(part, path)
     return path
+
+
+def source_grid(meta: ImageMeta) -> tuple[Any, NDArray[np.float64]]:
+    """A float32 header on the grid of a volume's source, and the turn from RAS axes `(x, y, z)` to its own.
+
+    Raises
+    ------
+    SourceError
+        The NIfTI file is no longer the one that `meta` describes.
+    """
+    return _source_header(meta) if meta.format == "nifti" else _ras_header(meta)
 
 
 def on_source_grid(

@@ -122,6 +122,31 @@ class SlideReader:
         """See `workers.readers.reader.Reader.read`; pixels are `(3, *shape_px)` uint8."""
         return read_region(self.meta, self._fetch, box_l0, shape_px, level)
 
+    @property
+    def objective(self) -> str:
+        """Magnification of the objective, as the file says it; empty where it does not."""
+        return str(self._open().properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER, ""))
+
+    @property
+    def associated(self) -> tuple[str, ...]:
+        """Names of the pictures beside the slide: `label` and `macro` may show a patient's name."""
+        return tuple(sorted(self._open().associated_images))
+
+    def associated_image(self, name: str) -> NDArray[np.uint8]:
+        """`(h, w, 3)` of one of `associated`.
+
+        Raises
+        ------
+        SourceError
+            There is no such picture, or it cannot be read.
+        """
+        try:
+            return np.asarray(_on_white(self._open().associated_images[name]))
+        except (KeyError, OpenSlideError) as error:
+            self.close()
+            msg = f"{self._path}: its picture {name!r} cannot be read ({error})"
+            raise SourceError(msg) from error
+
     def close(self) -> None:
         """Release the handle; a later `read` opens it again."""
         if self._slide is not None:
