@@ -1,0 +1,69 @@
+// From what is asked of a map to how it is drawn, and what the legend says of it.
+
+import { MAPS } from "./colours.js";
+import { number, sides } from "./format.js";
+
+/** Runs that have a map to show. */
+export const mapped = (image) => image.runs.filter((run) => run.grid && run.channels?.length);
+export const runOf = (image, look) => mapped(image).find((run) => run.run === look.run) ?? mapped(image)[0];
+export const channelOf = (image, look) => runOf(image, look).channels[look.channel] ?? runOf(image, look).channels[0];
+
+const proper = (range) => Array.isArray(range) && range.length === 2 && range[0] < range[1];
+const aboutZero = ([lo, hi]) => {
+    const most = Math.max(Math.abs(lo), Math.abs(hi)) || 1;
+    return [-most, most];
+};
+
+/** Published window, full range, and the range the sliders have; `seen` stands in while nothing is published. */
+export function windows(channel, seen) {
+    const range = proper(channel.value_range) ? channel.value_range : seen && seen[0] < seen[1] ? seen : [0, seen?.[1] || 1];
+    const full = channel.signed ? aboutZero(range) : [Math.min(0, range[0]), range[1]];
+    const published = proper(channel.display) ? channel.display : null;
+    return { published, full, start: published ?? full };
+}
+
+/** A look with everything decided. */
+export function decided(look, channel, seen, hatch = false) {
+    const { start } = windows(channel, seen);
+    return {
+        ...look,
+        hatch,
+        signed: channel.signed,
+        map: MAPS[look.map] ? look.map : channel.signed ? "signed" : "viridis",
+        window: proper(look.window) ? look.window : start,
+        chosen: proper(look.window),
+    };
+}
+
+/** What the legend of a look says, for `furniture.drawLegend`. */
+export function legendOf(image, look, channel, { hatch, volume = false }) {
+    const run = runOf(image, look);
+    const { published, full } = windows(channel, look.window);
+    const { spacing, spacing_unit: unit } = image.source;
+    const kind = volume ? "volume" : "slide";
+    const lines = [`Target: ${channel.target_index === null ? `${channel.target} (the class predicted)` : channel.target}`];
+    if (image.runs.length > 1) lines.push(`Run: ${run.label}`);
+    if (channel.signed && look.map === "signed") lines.push("Orange speaks for the target, blue against");
+    const same = published && published[0] === look.window[0] && published[1] === look.window[1];
+    if (same) lines.push(`One window a ${kind}: 99.5 % of ${channel.signed ? "|value|" : "values"}`);
+    else lines.push(`One window a ${kind}: ${look.chosen ? "set by hand" : "what is computed so far"}`);
+    if (channel.value_range) lines.push(`All values: ${number(channel.value_range[0])} to ${number(channel.value_range[1])}`);
+    if (!volume) {
+        lines.push(look.pyramid === "peak"
+            ? "Zoomed out: largest magnitude" : "Zoomed out: mean");
+    }
+    const cell = channel.native_cell_l0;
+    if (channel.bag_method) lines.push("One value a tile, painted over it");
+    else if (cell) lines.push(`CAM cell ${sides(cell.map((n, i) => n * spacing[i]), unit)}; finer is interpolated`);
+    const swatches = [];
+    if (look.threshold !== null) {
+        swatches.push({ text: `${channel.signed ? "|value|" : "value"} below ${number(look.threshold)}: not coloured` });
+    }
+    const failed = Boolean(run.counts?.failed);
+    if (hatch) swatches.push({ hatch: "unevaluated", text: "not evaluated" });
+    else swatches.push({ text: `not evaluated${volume && failed ? ", or failed" : ""}: no colour` });
+    if (failed && !volume) swatches.push({ hatch: "failed", text: "failed: no value" });
+    if (!run.complete && !volume) swatches.push({ hatch: "pending", text: "not computed yet" });
+    const ends = [full[0] < look.window[0] * (1 - 1e-6) - 1e-12, full[1] > look.window[1] * (1 + 1e-6)];
+    return { title: channel.title ? `${channel.title}` : channel.label, lines, look, unit: channel.unit, ends, swatches };
+}
