@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from flows import export, view
+from flows import desktop, export, view
 from flows.options import (
     Address,
     AsJson,
@@ -307,6 +307,7 @@ def doctor() -> None:
 
 export.register(app)
 view.register(app)
+desktop.register(app)
 
 
 def _run(request: ExplainRequest, asked: PoolSettings, direct: bool, as_json: bool) -> NoReturn:

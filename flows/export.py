@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -61,6 +61,20 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option("--partial", help="Export heatmaps that are not complete too; the files say so."),
         ] = False,
+        url: Annotated[
+            str,
+            typer.Option(
+                "--url",
+                help="Address at which OUT is served, for neuroglancer and vitessce: http://127.0.0.1:8000/raw/0.",
+            ),
+        ] = "",
+        source_url: Annotated[
+            str,
+            typer.Option(
+                "--source-url",
+                help="Neuroglancer's data source for the image itself. Default: the heatmap alone.",
+            ),
+        ] = "",
         as_json: AsJson = False,
     ) -> None:
         """Write finished heatmaps for other viewers, into OUT/IMAGE/export."""
@@ -72,7 +86,14 @@ def register(app: typer.Typer) -> None:
             msg = f"--to: names no format; the formats are\n{listed}"
             raise SpecError(msg)
         resolve(words(to))
-        options = _options(channel, threshold, max_regions, partial)
+        options = _options(
+            channels=words(channel),
+            threshold=threshold,
+            max_regions=max_regions,
+            partial=partial,
+            url=url,
+            source_url=source_url,
+        )
         folders = [folder for one in out for folder in image_folders(one)]
         reports = [r for folder in folders for r in export_image(folder, words(to), options, quiet=as_json)]
         if as_json:
@@ -137,15 +158,13 @@ def _say(report: ExportReport) -> None:
         print(f"{report.name:11} {first}  {report.seconds:.1f} s")
 
 
-def _options(channel: str, threshold: float | None, max_regions: int, partial: bool) -> ExportOptions:
+def _options(**asked: Any) -> ExportOptions:
     from pydantic import ValidationError
 
     from flows.options import flag_errors
     from schemas.export import ExportOptions
 
     try:
-        return ExportOptions(
-            channels=words(channel), threshold=threshold, max_regions=max_regions, partial=partial
-        )
+        return ExportOptions(**asked)
     except ValidationError as error:
         raise SpecError(flag_errors(error)) from error

@@ -18,6 +18,10 @@ class ExportOptions(Frozen):
     """Regions and tiles a file, each; the strongest are kept."""
     partial: bool = False
     """Export heatmaps that are not complete, too; the files say so."""
+    url: str = ""
+    """Address at which the output folder is served; viewers in a browser load the heatmap from there."""
+    source_url: str = ""
+    """Of the source, as Neuroglancer spells its data sources; empty: its state has the heatmap alone."""
 
 
 class ExportReport(Frozen):

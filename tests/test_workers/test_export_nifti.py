@@ -12,8 +12,10 @@ from nibabel import orientations
 
 from schemas.errors import SourceError, SpecError
 from schemas.image import ImageMeta, LevelMeta, ReadOptions
+from tests.test_workers.made_exports import made_context
 from tests.test_workers.made_heatmaps import UNSIGNED, made_heatmap
-from workers.export.nifti import on_source_grid, write_nifti
+from workers.export.nifti import on_source_grid, turn_from_ras, write_nifti
+from workers.export.targets import EXPORTS, run_export
 from workers.readers.opening import open_image
 from workers.readers.reader import Reader
 
@@ -238,3 +240,21 @@ def test_a_linear_function_of_position_is_kept_exactly_away_from_the_border() ->
     expected = np.add.reduce(np.meshgrid(at, 10 * at, 100 * at, indexing="ij"))
     inner = (slice(2, 10),) * 3
     np.testing.assert_allclose(full[inner], expected[inner], rtol=1e-6)
+
+
+def test_the_export_holds_the_channels_asked_for_and_says_what_they_are(tmp_path: Path) -> None:
+    path = source(tmp_path / "s.nii.gz", SOURCES["oblique LPS"])
+    shape = open_image(str(path)).meta.shape_l0
+    heat = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    heat[:, 0] = np.nan
+    context = made_context(tmp_path / "image", path, 1, heat, options={"channels": ("1",)})
+    (made,) = run_export(EXPORTS["nifti"], context)
+    out = cast("Any", nib.load(made))
+    np.testing.assert_array_equal(out.affine, cast("Any", nib.load(path)).affine)
+    turned = orientations.apply_orientation(heat[1].transpose(2, 1, 0), turn_from_ras(out.affine))
+    np.testing.assert_array_equal(out.get_fdata(dtype=np.float32), turned)
+    (comment,) = out.header.extensions
+    assert comment.get_code() == 6
+    said = comment.text
+    for words in ("For research use only", context.info.run_id, "hirescam:tumour", "logit"):
+        assert words in said

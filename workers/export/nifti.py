@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from schemas.errors import SourceError, SpecError
 from schemas.image import ImageMeta
+from workers.export import statement
+from workers.export.context import ExportContext
 from workers.readers.reader import Reader
 from workers.store.heatmap import HeatmapStore
 
@@ -26,8 +28,20 @@ _PLACEMENT = (
 )  # fmt: skip
 
 
-def write_nifti(path: str | os.PathLike[str], heatmap: HeatmapStore, reader: Reader) -> Path:
-    """Write every channel of a volume's heatmap as float32 NIfTI, NaN where nobody looked.
+def write(context: ExportContext, path: Path) -> None:
+    """The row `nifti`: the channels asked for, with the whole statement as a comment extension."""
+    with context.source() as reader:
+        write_nifti(path, context.heatmap, reader, context.channels, statement.text(context))
+
+
+def write_nifti(
+    path: str | os.PathLike[str],
+    heatmap: HeatmapStore,
+    reader: Reader,
+    channels: Sequence[int] | None = None,
+    comment: str = "",
+) -> Path:
+    """Write channels of a volume's heatmap as float32 NIfTI, NaN where nobody looked.
 
     A NIfTI source gives shape, affine, qform and sform with their codes, spatial unit and orientation (an LAS
     file gets an LAS heatmap), so that viewers overlay the two files whatever spacing the run was told to use.
@@ -41,6 +55,10 @@ def write_nifti(path: str | os.PathLike[str], heatmap: HeatmapStore, reader: Rea
         Ends in `.nii.gz`.
     reader
         The volume the heatmap belongs to.
+    channels
+        Which; None: all.
+    comment
+        Text of a comment extension of the header; empty: there is none.
 
     Raises
     ------
@@ -58,17 +76,19 @@ def write_nifti(path: str | os.PathLike[str], heatmap: HeatmapStore, reader: Rea
         raise SourceError(msg)
     header, turn = source_grid(meta)
     shape_xyz = tuple(int(n) for n in header.get_data_shape())
-    channels = len(info.channels)
-    if channels > 1:
-        header.set_data_shape((*shape_xyz, channels))
+    chosen = range(len(info.channels)) if channels is None else channels
+    if len(chosen) > 1:
+        header.set_data_shape((*shape_xyz, len(chosen)))
     elif info.display:
-        header["cal_min"], header["cal_max"] = info.display[0]
+        header["cal_min"], header["cal_max"] = info.display[chosen[0]]
+    if comment:
+        header.extensions.append(nib.nifti1.Nifti1Extension("comment", comment.encode()))
     path = Path(path)
     part = path.with_name(path.name + ".part")
     # No file name and no time inside the gzip stream: the bytes depend on the heatmap alone.
     with part.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=4, fileobj=raw, mtime=0) as out:
         header.write_to(out)
-        for c in range(channels):
+        for c in chosen:
             values = np.asarray(heatmap.as_dask(level=0, channel=c), dtype=np.float32)
             full = on_source_grid(values, info.grid.downsample, meta.shape_l0)
             stored = orientations.apply_orientation(np.transpose(full, (2, 1, 0)), turn)
@@ -136,13 +156,19 @@ def _neighbours(
     return low, np.minimum(low + 1, have - 1), (at - low).astype(np.float32)
 
 
+def turn_from_ras(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How nibabel turns axes in RAS order to those of a file with this affine."""
+    turn: NDArray[np.float64] = orientations.ornt_transform(
+        orientations.axcodes2ornt("RAS"), orientations.io_orientation(affine)
+    )
+    return turn
+
+
 def _source_header(meta: ImageMeta) -> tuple[Any, NDArray[np.float64]]:
     """Header on the grid of the NIfTI file at `meta.uri`, and the turn from RAS axes to the file's."""
     source = cast("Any", nib.load(meta.uri))
     shape = (*source.shape, 1, 1)[:3]
-    from_ras = orientations.ornt_transform(
-        orientations.axcodes2ornt("RAS"), orientations.io_orientation(source.affine)
-    )
+    from_ras = turn_from_ras(source.affine)
     codes = "".join(str(c) for c in orientations.aff2axcodes(source.affine))
     shape_ras = tuple(shape[int(axis)] for axis in orientations.io_orientation(source.affine)[:, 0].argsort())
     if shape_ras[::-1] != meta.shape_l0 or codes != meta.source_orientation:

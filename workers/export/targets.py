@@ -55,6 +55,12 @@ EXPORTS: dict[str, Export] = {
     row.name: row
     for row in (
         Export("csv", "Table of tiles: places, scores, map statistics, flags", "tiles.csv", BOTH, "tile_table"),
+        Export("dicom", "DICOM Parametric Maps matching a DICOM source, and an overview", "dicom", BOTH, "parametric_map",
+               extra="dicom"),
+        Export("nifti", "NIfTI, float32 on the grid of the source file", "heatmap.nii.gz", VOLUME, "nifti"),
+        Export("ngff04", "OME-Zarr 0.4 of 8 bits, for viewers without Zarr v3", "heatmap.ngff04.ome.zarr", BOTH, "ngff04"),
+        Export("neuroglancer", "State of Neuroglancer; needs --url", "neuroglancer.json", BOTH, "neuroglancer"),
+        Export("vitessce", "View configuration of Vitessce; needs --url", "vitessce.json", BOTH, "vitessce"),
     )
 }  # fmt: skip
 

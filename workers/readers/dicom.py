@@ -137,7 +137,35 @@ def open_series(path: Path, series: list[Instance], options: ReadOptions) -> Arr
         raise SourceError(msg) from error
 
 
-def _stack(path: Path, series: list[Instance], slices: list[Any], options: ReadOptions) -> ArrayReader:
+def headers_of(path: Path) -> list[Any]:
+    """Headers, without pixels, of the series that `path` means; in no particular order."""
+    return [pydicom.dcmread(i.path, stop_before_pixels=True) for i in series_at(path)]
+
+
+def placed(path: Path, slices: list[Any]) -> tuple[list[Any], NDArray[np.float64], tuple[str, ...]]:
+    """Slices as a stack in space.
+
+    Parameters
+    ----------
+    path
+        Named in messages.
+    slices
+        Datasets of a CT, MR or PET series, with pixels or without.
+
+    Returns
+    -------
+    slices
+        In order along the normal of their plane.
+    affine
+        4 x 4, from the (x, y, z) index of the stack to mm, world axes RAS.
+    notes
+        What a user should know.
+
+    Raises
+    ------
+    SourceError
+        They do not make a regular stack.
+    """
     first = slices[0]
     for s in slices:
         if int(s.get("NumberOfFrames", 1)) != 1 or "ImagePositionPatient" not in s:
@@ -147,23 +175,29 @@ def _stack(path: Path, series: list[Instance], slices: list[Any], options: ReadO
         if same != (first.Rows, first.Columns, list(first.PixelSpacing), list(first.ImageOrientationPatient)):
             msg = f"{path}: slices of one series differ in size, spacing or orientation (a localiser among them?); take such files out"
             raise SourceError(msg)
-        if s.PhotometricInterpretation != "MONOCHROME2":
-            msg = f"{path}: photometric interpretation {s.PhotometricInterpretation}; expected MONOCHROME2"
-            raise SourceError(msg)
-    if len(slices) * first.Rows * first.Columns > WHOLE_VOLUME_LIMIT_PX:
-        msg = f"{path}: more than {8 * WHOLE_IMAGE_LIMIT_PX / 1e6:.0f} M voxels; convert it to OME-Zarr"
-        raise SourceError(msg)
-
     across, down = np.asarray(first.ImageOrientationPatient, dtype=np.float64).reshape(2, 3)
     normal = np.cross(across, down)
-    slices.sort(key=lambda s: float(np.dot(np.asarray(s.ImagePositionPatient, dtype=np.float64), normal)))
-    positions = np.asarray([s.ImagePositionPatient for s in slices], dtype=np.float64)
-    step, notes = _slice_step(path, slices, positions, normal)
+    ordered = sorted(
+        slices, key=lambda s: float(np.dot(np.asarray(s.ImagePositionPatient, dtype=np.float64), normal))
+    )
+    positions = np.asarray([s.ImagePositionPatient for s in ordered], dtype=np.float64)
+    step, notes = _slice_step(path, ordered, positions, normal)
 
     row_mm, column_mm = (float(v) for v in first.PixelSpacing)
     lps = np.eye(4)
     lps[:3, 0], lps[:3, 1], lps[:3, 2], lps[:3, 3] = across * column_mm, down * row_mm, step, positions[0]
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+    return ordered, np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps, notes
+
+
+def _stack(path: Path, series: list[Instance], slices: list[Any], options: ReadOptions) -> ArrayReader:
+    slices, affine, notes = placed(path, slices)
+    first = slices[0]
+    if found := [s.PhotometricInterpretation for s in slices if s.PhotometricInterpretation != "MONOCHROME2"]:
+        msg = f"{path}: photometric interpretation {found[0]}; expected MONOCHROME2"
+        raise SourceError(msg)
+    if len(slices) * first.Rows * first.Columns > WHOLE_VOLUME_LIMIT_PX:
+        msg = f"{path}: more than {8 * WHOLE_IMAGE_LIMIT_PX / 1e6:.0f} M voxels; convert it to OME-Zarr"
+        raise SourceError(msg)
 
     rescale = [(float(s.get("RescaleSlope", 1)), float(s.get("RescaleIntercept", 0))) for s in slices]
     stack: NDArray[Any]
