@@ -123,11 +123,11 @@ def make_figure(title: str, subtitle: str, blocks: Sequence[Block], notes: Seque
     return figure
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = DPI) -> None:
     """Write as PNG; the same figure gives the same bytes, and no reader sees half of it."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", metadata={"Software": None, "Description": INTENDED_USE})
+    figure.savefig(part, format="png", dpi=dpi, metadata={"Software": None, "Description": INTENDED_USE})
     os.replace(part, path)
 
 

@@ -104,10 +104,7 @@ def compose(
     signed: bool,
     lut: NDArray[np.uint8],
 ) -> NDArray[np.uint8]:
-    """Draw heat on a picture.
-
-    Evaluated pixels take heat and a thin outline around all of them, failed ones a grey hatch with an outline, those left out by choice are
-    dimmed, those still to come are tinted; background and what lies outside stay as they are.
+    """Draw heat on a picture: `layer` over it.
 
     Parameters
     ----------
@@ -123,26 +120,57 @@ def compose(
     NDArray
         `(H, W, 3)` uint8.
     """
-    heat = heat_rgba(values, window, signed, lut)
-    base = picture.astype(np.float32)
-    alpha = heat[..., 3:]
-    out = base * (1 - alpha) + 255 * heat[..., :3] * alpha
-    out = np.where((coverage == Coverage.LEFT_OUT)[..., None], base * LEFT_OUT_SHADE, out)
-    out = np.where(
-        (coverage == Coverage.PENDING)[..., None], (base + np.array(PENDING_FILL, np.float32)) / 2, out
-    )
-    failed = coverage == Coverage.FAILED
-    out = np.where(failed[..., None], (base + 3 * np.array(FAILED_FILL, np.float32)) / 4, out)
+    over = layer(values, coverage, window, signed, lut)
+    alpha = over[..., 3:]
+    return np.rint(picture * (1 - alpha) + 255 * over[..., :3] * alpha).astype(np.uint8)
+
+
+def layer(
+    values: NDArray[np.float32],
+    coverage: NDArray[np.uint8],
+    window: tuple[float, float],
+    signed: bool,
+    lut: NDArray[np.uint8],
+    origin: tuple[int, int] = (0, 0),
+) -> NDArray[np.float32]:
+    """What is drawn over a picture.
+
+    Evaluated pixels take heat and a thin outline around all of them, failed ones a grey hatch with an outline, those left out by choice are
+    dimmed, those still to come are tinted; background and what lies outside stay as they are.
+
+    Parameters
+    ----------
+    values, coverage, window, signed, lut
+        See `compose`.
+    origin
+        Row and column of the first pixel, where this is a part of something larger: the hatch goes on across parts.
+
+    Returns
+    -------
+    NDArray
+        `(H, W, 4)` float32 in 0..1, colours not multiplied by opacity.
+    """
+    over = heat_rgba(values, window, signed, lut)
+    for code, colour, alpha in (
+        (Coverage.LEFT_OUT, (0, 0, 0), 1 - LEFT_OUT_SHADE),
+        (Coverage.PENDING, PENDING_FILL, 0.5),
+        (Coverage.FAILED, FAILED_FILL, 0.75),
+    ):
+        over[coverage == code] = (*(c / 255 for c in colour), alpha)
     # Weak heat is transparent: only a line can tell "looked and found nothing" from "nobody looked".
-    out[outline(coverage == Coverage.EVALUATED, 1)] *= OUTLINE_SHADE
-    out[failed & (hatch(failed.shape) | outline(failed))] = FAILED_LINE
-    return np.rint(out).astype(np.uint8)
+    line = outline(coverage == Coverage.EVALUATED, 1)
+    seen = OUTLINE_SHADE * over[line, 3:]
+    covered = 1 - OUTLINE_SHADE * (1 - over[line, 3:])
+    over[line] = np.concatenate([over[line, :3] * seen / covered, covered], axis=1)
+    failed = coverage == Coverage.FAILED
+    over[failed & (hatch(failed.shape, origin) | outline(failed))] = (*(c / 255 for c in FAILED_LINE), 1)
+    return over
 
 
-def hatch(shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def hatch(shape: tuple[int, ...], origin: tuple[int, int] = (0, 0)) -> NDArray[np.bool_]:
     """`(H, W)` diagonal lines."""
     rows, columns = np.ogrid[: shape[0], : shape[1]]
-    return np.asarray((rows + columns) % _HATCH_PERIOD < 2)
+    return np.asarray((rows + columns + sum(origin)) % _HATCH_PERIOD < 2)
 
 
 def outline(region: NDArray[np.bool_], width: int = 2) -> NDArray[np.bool_]:

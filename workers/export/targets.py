@@ -55,6 +55,13 @@ EXPORTS: dict[str, Export] = {
     row.name: row
     for row in (
         Export("csv", "Table of tiles: places, scores, map statistics, flags", "tiles.csv", BOTH, "tile_table"),
+        Export("ome-tiff", "OME-TIFF pyramid of the raw values: QuPath, Fiji, OMERO", "heatmap.ome.tif", SLIDE, "ome_tiff"),
+        Export("rgba", "Coloured TIFF pyramids with opacity, one a channel", "rgba", SLIDE, "rgba"),
+        Export("geojson", "Regions as polygons, tiles as detections: QuPath", "regions.geojson", SLIDE, "geojson"),
+        Export("qupath", "Groovy script that overlays the OME-TIFF in QuPath", "qupath_overlay.groovy", SLIDE, "qupath",
+               needs=("ome-tiff",)),
+        Export("large_image", "Annotation for the Digital Slide Archive", "large_image.json", SLIDE, "large_image"),
+        Export("png", "Report figure at print resolution", "figure.png", BOTH, "report_figure"),
         Export("dicom", "DICOM Parametric Maps matching a DICOM source, and an overview", "dicom", BOTH, "parametric_map",
                extra="dicom"),
         Export("nifti", "NIfTI, float32 on the grid of the source file", "heatmap.nii.gz", VOLUME, "nifti"),

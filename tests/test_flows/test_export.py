@@ -1,0 +1,140 @@
+"""`gigacam export`, and `explain --export`: exit codes, what is said, where files lie."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+from schemas.run import RunReport
+from tests.test_flows.networks import write_factory_card
+
+SLIDE = "procedural:slide?width=512&height=256&seed=1"
+Run = Callable[..., tuple[int, str, str]]
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+@pytest.fixture
+def gigacam(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    at_sigterm = signal.getsignal(signal.SIGTERM)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, said.out, said.err
+
+    yield run
+    signal.signal(signal.SIGTERM, at_sigterm)
+
+
+@pytest.fixture
+def explain(gigacam: Run, tmp_path: Path) -> Run:
+    card = write_factory_card(
+        tmp_path / "card", "pooled_channels", {"cell": 16}, "pool", ("r", "g", "b"),
+        kind="slide", channels=3, tile=(64, 64), mpp=1.0,
+    )  # fmt: skip
+
+    def run(*words: str) -> tuple[int, str, str]:
+        return gigacam(
+            "explain", SLIDE, "--model", card, "--out", str(tmp_path / "out"), "--tissue", "none",
+            "--direct", "--pool", "serial", "--threads", "1", *words,
+        )  # fmt: skip
+
+    return run
+
+
+def test_exports_are_made_with_the_image_and_asked_for_again(
+    explain: Run, gigacam: Run, tmp_path: Path
+) -> None:
+    code, out, _ = explain("--export", "csv,qupath", "--json")
+    assert code == 0
+    (image,) = RunReport.model_validate_json(out).images
+    assert [(e.name, e.error, len(e.files)) for e in image.exports] == [
+        ("csv", "", 1), ("ome-tiff", "", 1), ("qupath", "", 1),
+    ]  # fmt: skip
+    folder = Path(image.output) / "export"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "heatmap.ome.tif", "qupath_overlay.groovy", "tiles.csv",
+    ]  # fmt: skip
+    stamp = (folder / "tiles.csv").stat().st_mtime_ns
+    (
+        folder.parent / "overview.png"
+    ).touch()  # no pictures are drawn here, and without one a run is not finished
+
+    # What is there is not made again; a format more is.
+    code, out, _ = explain("--export", "csv,geojson", "--json")
+    (image,) = RunReport.model_validate_json(out).images
+    assert [e.name for e in image.exports] == ["csv", "ome-tiff", "qupath", "geojson"]
+    assert (folder / "tiles.csv").stat().st_mtime_ns == stamp
+
+    # Stitched otherwise: what was exported no longer holds and is set aside.
+    code, _, _ = explain("--importance", "flat")
+    assert code == 0
+    assert not folder.exists()
+    assert (folder.parent / "export.old-1" / "tiles.csv").exists()
+
+    # The command: for people, for machines, of the whole folder or of one image.
+    out_folder = str(tmp_path / "out")
+    code, out, err = gigacam("export", out_folder, "--to", "csv,geojson", "--threshold", "0.001")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["csv", "geojson"]
+    code, out, _ = gigacam("export", str(folder.parent), "--to", "rgba", "--channel", "1", "--json")
+    (report,) = json.loads(out)
+    assert code == 0
+    assert (report["image_id"], report["name"], len(report["files"])) == (folder.parent.name, "rgba", 1)
+
+    # One format fails, the others are written.
+    code, out, err = gigacam("export", out_folder, "--to", "csv,rgba", "--channel", "nobody")
+    assert code == 1
+    assert "--channel nobody" in err
+    code, out, err = gigacam("export", out_folder, "--to", "nifti")
+    assert code == 2
+    assert "a slide has no nifti export; it is for volumes" in err
+
+
+def test_a_failing_export_ends_with_1_and_leaves_the_image_complete(
+    explain: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.export.tile_table.tile_rows", lambda *_: 1 / 0)
+    code, out, _ = explain("--export", "csv,ome-tiff", "--json")
+    (image,) = RunReport.model_validate_json(out).images
+    assert (code, image.status) == (1, "complete")
+    assert [(e.name, e.error) for e in image.exports] == [
+        ("csv", "ZeroDivisionError: division by zero"), ("ome-tiff", ""),
+    ]  # fmt: skip
+    monkeypatch.undo()
+    code, out, _ = explain("--export", "csv,ome-tiff", "--json")
+    (image,) = RunReport.model_validate_json(out).images
+    assert code == 0
+    assert {e.name: e.error for e in image.exports} == {"ome-tiff": "", "csv": ""}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--to", "ome-tif"), "export 'ome-tif': unknown; the formats are"),
+        ((), "--to: names no format; the formats are\n  csv "),
+        (("--to", "csv"), "holds no explained image; give the --out folder"),
+        (("--to", "csv", "--max-regions", "0"), "--max-regions 0"),
+    ],
+)
+def test_a_wrong_request_ends_with_2(gigacam: Run, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    code, _, err = gigacam("export", str(tmp_path), *words)
+    assert code == 2
+    assert said in err
+
+
+def test_an_unknown_format_is_refused_before_anything_is_computed(explain: Run, tmp_path: Path) -> None:
+    code, _, err = explain("--export", "tiff")
+    assert code == 2
+    assert "export 'tiff': unknown; the formats are" in err
+    assert not (tmp_path / "out").exists()
