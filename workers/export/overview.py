@@ -35,7 +35,7 @@ from workers.store.heatmap import HeatmapStore
 from workers.store.statistics import channel_statistics, strongest
 
 LONGEST_PX = 1600
-"""Longest side of a slide's picture, at most."""
+"""Longest side of a slide's picture in an overview, at most."""
 MOST_CHANNELS = 4
 WIDE = 1.6
 
@@ -58,6 +58,7 @@ def overview_figure(
     heatmap: HeatmapStore,
     tiles: TilesInfo | None = None,
     channels: Sequence[int] | None = None,
+    longest_px: int = LONGEST_PX,
 ) -> Figure:
     """The image beside the image under heat, with legends, scale bar, title and intended use.
 
@@ -72,6 +73,8 @@ def overview_figure(
         Gives the native size of a CAM cell, which the legend lacks without.
     channels
         Which channels; None: the first four.
+    longest_px
+        Longest side of a slide's picture, at most.
 
     Raises
     ------
@@ -81,8 +84,10 @@ def overview_figure(
     info = heatmap.info
     asked = list(range(len(info.channels))) if channels is None else list(channels)
     shown, others = asked[:MOST_CHANNELS], asked[MOST_CHANNELS:]
-    draw = _slide_blocks if reader.meta.kind == "slide" else _volume_blocks
-    blocks, notes = draw(reader, heatmap, tiles, shown)
+    if reader.meta.kind == "slide":
+        blocks, notes = _slide_blocks(reader, heatmap, tiles, shown, longest_px)
+    else:
+        blocks, notes = _volume_blocks(reader, heatmap, tiles, shown)
     if others:
         notes.append("Not drawn here: " + ", ".join(info.channels[c].label for c in others))
     if not info.complete:
@@ -91,10 +96,14 @@ def overview_figure(
 
 
 def _slide_blocks(
-    reader: Reader, heatmap: HeatmapStore, tiles: TilesInfo | None, channels: Sequence[int]
+    reader: Reader,
+    heatmap: HeatmapStore,
+    tiles: TilesInfo | None,
+    channels: Sequence[int],
+    longest_px: int,
 ) -> tuple[list[Block], list[str]]:
     info = heatmap.info
-    step = math.ceil(max(reader.meta.shape_l0) / LONGEST_PX)
+    step = math.ceil(max(reader.meta.shape_l0) / longest_px)
     pixels, picture_l0, bad = read_overview(reader, spacing=tuple(s * step for s in info.spacing))
     picture = rgb(pixels)
     size = _pair(n * d * s for n, d, s in zip(picture.shape[:2], picture_l0, info.spacing, strict=True))
