@@ -13,18 +13,32 @@ from schemas.image import Kind
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+_EAGER = ("monai", "factory", "lvm_med", "timm", "transformers")
+
+
 class NetworkSpec(Frozen):
     """`[network]`: which architecture, and the weights to load into it."""
 
-    adapter: Literal["monai", "factory", "export"]
+    adapter: Literal["monai", "factory", "export", "lvm_med", "timm", "transformers"]
     """`monai`: a class of `monai.networks.nets` by name; `factory`: an installed `package.module:function`;
-    `export`: a `torch.export` program."""
+    `export`: a `torch.export` program; `lvm_med`: `resnet50` or `vit_b`; `timm`, `transformers`: a model of these packages by
+    name or type, where they are installed."""
     name: str = ""
-    """Class name, factory path; unused for `export`."""
+    """Class name, factory path, model; unused for `export`."""
     args: dict[str, Any] = Field(default_factory=dict)
     weights: str = ""
     """Path relative to the card: safetensors, or a `torch.save` state dict that loads with `weights_only`."""
     sha256: Sha256 | Literal[""] = ""
+    leave_out: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Beginnings of entries of the weights that are no part of this network, such as another task's head: `head.`."""
+    config: str = ""
+    """`transformers`: the `config.json` of the model, path relative to the card."""
+    config_sha256: Sha256 | Literal[""] = ""
+    embedding: Literal["mean", "class", ""] = ""
+    """Instead of the network's own output its embedding: the mean over cells or patches, or the class token, of what
+    `embedding_layer` gives."""
+    embedding_layer: str = ""
+    """Empty: the network's own output."""
     trunk: str = ""
     tail: str = ""
     """TorchScript pair (`export` only): two files, since hooks on scripted submodules do not fire."""
@@ -33,16 +47,25 @@ class NetworkSpec(Frozen):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.adapter != "export" and not self.name:
+        if self.adapter != "export" and not (self.name or self.config):
             msg = f"[network] name is missing; adapter {self.adapter!r} needs one"
             raise ValueError(msg)
         if self.adapter == "export" and not (self.weights or (self.trunk and self.tail)):
             msg = "[network] adapter 'export' needs weights = '<program>.pt2', or trunk and tail"
             raise ValueError(msg)
-        for path, sha in (("weights", "sha256"), ("trunk", "trunk_sha256"), ("tail", "tail_sha256")):
+        for path, sha in (
+            ("weights", "sha256"), ("trunk", "trunk_sha256"), ("tail", "tail_sha256"), ("config", "config_sha256")
+        ):  # fmt: skip
             if getattr(self, path) and not getattr(self, sha):
                 msg = f"[network] {path} is given without {sha}; a digest is needed to know what was run"
                 raise ValueError(msg)
+        for key, adapters in (("config", ("transformers",)), ("embedding", _EAGER), ("leave_out", _EAGER)):
+            if getattr(self, key) and self.adapter not in adapters:
+                msg = f"[network] {key} says nothing of adapter {self.adapter!r}; remove it"
+                raise ValueError(msg)
+        if self.embedding_layer and not self.embedding:
+            msg = "[network] embedding_layer needs embedding = 'mean' or 'class'"
+            raise ValueError(msg)
         return self
 
 
@@ -330,6 +353,10 @@ class ModelFacts(Frozen):
     """Of each method asked for that sums over the image first."""
     bag_methods: tuple[str, ...] = ()
     """Asked for, of a model with a bag head."""
+    embedding: int = 0
+    """Numbers a tile of an encoder whose features are all that is asked."""
     precision: Precision = "fp32"
     """What is computed, `fast` resolved."""
     weights_bytes: int
+    notes: tuple[str, ...] = ()
+    """What a user should know, such as the licence of published weights."""

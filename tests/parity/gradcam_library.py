@@ -13,17 +13,21 @@ _DECLARED: list[torch.library.Library] = []
 """Operators live as long as the library that declares them."""
 
 
-def pytorch_grad_cam() -> Any:
-    """The package; ImportError, naming the install line, where it is missing.
+def declare_torchvision_operators() -> None:
+    """What torchvision's Python part needs to be imported where its compiled part does not load, beside a CPU build of torch.
 
-    torchvision's compiled part does not load beside a CPU build of torch, and its Python part then fails for two
-    operators that it registers shapes for. Nothing here calls them: declaring them is enough.
+    It registers shapes for two operators that nothing here calls: declaring them is enough.
     """
     if not _DECLARED and not hasattr(torch.ops.torchvision, "nms"):
         library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _DECLARED.append(library)
+
+
+def pytorch_grad_cam() -> Any:
+    """The package; ImportError, naming the install line, where it is missing."""
+    declare_torchvision_operators()
     try:
         return importlib.import_module("pytorch_grad_cam")
     except ImportError as error:

@@ -15,7 +15,10 @@ from pydantic import ValidationError
 from schemas.errors import ModelError
 from schemas.model import ModelCard
 
-_PATHS = {"network": ("weights", "trunk", "tail"), "output": ("references",), "bag": ("weights",)}
+_PATHS = {"network": ("weights", "trunk", "tail", "config"), "output": ("references",), "bag": ("weights",)}
+
+_LATER = ("leave_out", "config_sha256", "embedding", "embedding_layer")
+"""Keys of `[network]` that came after the first results were identified."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ def resolved(card: ModelCard) -> dict[str, Any]:
         for name in names:
             (found.get(section) or {}).pop(name, None)
     found["cam"].pop("channels")  # names change no number
+    for name in _LATER:  # unset they are what cards without them were, and are identified as these were
+        if not found["network"][name]:
+            del found["network"][name]
     return found
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from schemas.errors import ModelError
 from schemas.explanation import CellGeometry
@@ -21,9 +23,16 @@ from workers.cam.tokens import TokenLayout
 from workers.models.adapter import ModelAdapter
 from workers.models.card import LoadedCard
 from workers.models.checkpoint import check_digest, load_weights
+from workers.models.embedding import Embedding
 from workers.models.exported import load_exported, load_scripted_pair
+from workers.models.lvm_med import lvm_med, lvm_med_names
+from workers.models.names import without
 from workers.models.networks import factory_network, monai_network
+from workers.models.optional import timm_network, transformers_names, transformers_network
 from workers.models.outputs import make_readout
+from workers.models.weighted import folded
+
+Adapt = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -134,15 +143,11 @@ def _split(loaded: LoadedCard, layer: str, tile: tuple[int, ...], device: torch.
     spec = loaded.card.network
     if spec.adapter == "export":
         return _program(loaded, layer, tile, device)
-    if spec.adapter == "monai":
-        network = monai_network(spec.name, spec.args)
-        if not spec.weights:
-            msg = f"[network] weights is missing: {spec.name!r} would be explained with random weights"
-            raise ModelError(msg)
-    else:
-        network = factory_network(spec.name, spec.args)
-    if spec.weights:
-        load_weights(network, loaded.folder / spec.weights, spec.sha256)
+    network = _eager(loaded)
+    if spec.embedding:
+        cam = loaded.card.cam
+        lies = TokenLayout(cam.layout, cam.prefix_tokens, cam.token_grid)
+        Embedding(spec.embedding, spec.embedding_layer, lies).attach(network)
     readout = make_readout(loaded)
     return HookedNet(
         network.eval().requires_grad_(False).to(device),
@@ -150,6 +155,35 @@ def _split(loaded: LoadedCard, layer: str, tile: tuple[int, ...], device: torch.
         readout,
         tokens=_tokens(loaded.card.cam, layer),
     )
+
+
+def _eager(loaded: LoadedCard) -> nn.Module:
+    """The network of a card, its weights loaded, weighted convolutions folded."""
+    spec = loaded.card.network
+    adapt: Adapt = dict
+    match spec.adapter:
+        case "monai":
+            network = monai_network(spec.name, spec.args)
+        case "lvm_med":
+            network = lvm_med(spec.name, spec.args)
+            adapt = partial(lvm_med_names, network)
+        case "timm":
+            network = timm_network(spec.name, spec.args)
+        case "transformers":
+            config = loaded.folder / spec.config if spec.config else None
+            if config:
+                check_digest(config, spec.config_sha256)
+            network = transformers_network(spec.name, spec.args, config, whole=not spec.embedding)
+            adapt = partial(transformers_names, network)
+        case _:
+            network = factory_network(spec.name, spec.args)
+    if spec.weights:
+        path = loaded.folder / spec.weights
+        load_weights(network, path, spec.sha256, adapt=lambda state: adapt(without(state, spec.leave_out)))
+    elif spec.adapter != "factory":
+        msg = f"[network] weights is missing: {spec.name!r} would be explained with random weights"
+        raise ModelError(msg)
+    return folded(network)
 
 
 def _tokens(cam: CamLayer, layer: str) -> TokenLayout:

@@ -21,6 +21,7 @@ from workers.models.bags import load_head
 from workers.models.card import LoadedCard, resolved
 from workers.models.cnn import load_model
 from workers.models.fast import make_fast, tiers
+from workers.models.lvm_med import LICENCE
 
 
 def identified(card: ModelCard, model: ModelAdapter) -> dict[str, Any]:
@@ -95,6 +96,7 @@ def model_facts(
         cells=cells,
         grids={name: method(name).cells(model.net, shape, cells) for name in methods},
         reductions=reductions(model.net, model.prepare(torch.zeros(1, *shape)), methods),
+        notes=(f"{LICENCE}; the card says: {card.licence}",) if card.network.adapter == "lvm_med" else (),
         weights_bytes=sum((loaded.folder / f).stat().st_size for f in files if f),
     )
 

@@ -211,7 +211,7 @@ def write_head(
     card = encoder.card
     moved = {
         key: os.path.relpath(encoder.folder / value, folder)
-        for key in ("weights", "trunk", "tail")
+        for key in ("weights", "trunk", "tail", "config")
         if (value := getattr(card.network, key))
     }
     bag = BagSpec(

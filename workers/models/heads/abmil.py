@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from workers.cam.bag import BagParts
-from workers.models.heads.head import Names, PartsHead, activation_module
+from workers.models.heads.head import PartsHead, activation_module
+from workers.models.names import Names
 
 
 class Attend(nn.Module):

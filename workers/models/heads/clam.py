@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.models.heads.abmil import AttentionHead
-from workers.models.heads.head import Names
+from workers.models.names import Names
 
 _ATTENTION: Names = (
     (r"attention_net\.0\.(weight|bias)", r"projection.0.\1"),

@@ -6,7 +6,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from workers.models.heads.head import BagHead, Names
+from workers.models.heads.head import BagHead
+from workers.models.names import Names
 
 
 class Streams(NamedTuple):

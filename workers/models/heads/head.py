@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from schemas.errors import ModelError
 from workers.cam.bag import BagParts
+from workers.models.names import Names, renamed
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -18,11 +18,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
-
-
-Names = tuple[tuple[str, str | None], ...]
-"""Patterns of whole keys of published checkpoints, without `module.`, and what they are in the head; None: not part of the
-prediction, left out."""
 
 
 class BagHead(nn.Module, ABC):
@@ -104,23 +99,7 @@ class BagHead(nn.Module, ABC):
         ModelError
             Two entries that mean the same.
         """
-        found: dict[str, Tensor] = {}
-        for key, value in state.items():
-            name = self._named(key)
-            if name is None:
-                continue
-            if name in found:
-                msg = f"the checkpoint has {name!r} of {type(self).__name__} twice, the second time as {key!r}; expected once"
-                raise ModelError(msg)
-            found[name] = value
-        return found
-
-    def _named(self, key: str) -> str | None:
-        plain = re.sub(r"(^|\.)(?:module\.)+", r"\1", key)
-        for pattern, name in self.published:
-            if match := re.fullmatch(pattern, plain):
-                return name and match.expand(name)
-        return plain
+        return renamed(state, self.published, type(self).__name__)
 
 
 class PartsHead(BagHead):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from schemas.errors import ModelError
-from workers.models.heads.head import BagHead, Names
+from workers.models.heads.head import BagHead
+from workers.models.names import Names
 
 SIDE = 7
 """Least side of the square under `padding = 'grid'`."""
