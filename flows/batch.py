@@ -12,7 +12,7 @@ from pathlib import Path
 from flows.export import check_formats
 from flows.progress import Event
 from flows.settings import with_threads
-from flows.steps import explain_image
+from flows.steps import Tell, explain_image
 from schemas.errors import GigacamError, SpecError
 from schemas.image import ImageRequest
 from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport
@@ -24,6 +24,8 @@ from workers.readers import expand, identity_of
 
 log = logging.getLogger("gigacam")
 
+Image = Callable[[ImageRequest, ExplainRequest, Model, Pool, PoolSettings, Tell], ImageReport]
+"""What is done with each image."""
 One = Callable[[int], ImageReport]
 """Explains the image at a position of the run."""
 Stop = Callable[[], None]
@@ -62,8 +64,11 @@ def list_images(request: ExplainRequest) -> list[ImageRequest]:
 def explain_batch(
     request: ExplainRequest,
     settings: PoolSettings,
-    tell: Callable[[Event], None],
+    tell: Tell,
     each: Each | None = None,
+    *,
+    opened: Callable[[ExplainRequest], Model] = open_model,
+    do: Image = explain_image,
 ) -> RunReport:
     """Explain every image of the request; write `run.json` after each.
 
@@ -71,6 +76,8 @@ def explain_batch(
     ----------
     each
         How images are run; None: in order on the serial pool, else `images_in_flight` at once.
+    opened, do
+        How the model is opened, and what is done with an image, where that is not to explain it.
 
     Raises
     ------
@@ -82,7 +89,7 @@ def explain_batch(
     if request.exports:
         check_formats(request.exports)
     images = list_images(request)
-    model = open_model(request)
+    model = opened(request)
     out = Path(request.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +117,7 @@ def explain_batch(
     try:
         if each is None:
             each = one_after_another if settings.kind == "serial" else in_threads(settings.images_in_flight)
-        one = _one_image(images, request, model, pool, settings, tell_unless_stopped)
+        one = _one_image(images, do, request, model, pool, settings, tell_unless_stopped)
         for position, report in each(images, one, stop):
             reports[position] = report
             write_run_report(out, summary())
@@ -130,11 +137,12 @@ def explain_batch(
 
 def _one_image(
     images: Sequence[ImageRequest],
+    do: Image,
     request: ExplainRequest,
     model: Model,
     pool: Pool,
     settings: PoolSettings,
-    tell: Callable[[Event], None],
+    tell: Tell,
 ) -> One:
     holders: dict[tuple[str, int | None, int | None], int] = {}
     holder_of = list(range(len(images)))
@@ -155,6 +163,6 @@ def _one_image(
             message = f"{image.uri}: the same content as {holder.uri}, which this run explains"
             tell(Event(Path(image.uri).name, "duplicate", message=message))
             return ImageReport(image=image.uri, status="duplicate", error=message)
-        return explain_image(image, request, model, pool, settings, tell)
+        return do(image, request, model, pool, settings, tell)
 
     return one

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from flows import desktop, export, view
+from flows import desktop, embedding, export, view
 from flows.options import (
     Address,
     AsJson,
@@ -305,6 +305,7 @@ def doctor() -> None:
     _exit(int(failed))
 
 
+embedding.register(app)
 export.register(app)
 view.register(app)
 desktop.register(app)

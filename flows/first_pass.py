@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from flows.progress import Event
+from flows.work import Work
 from schemas.bag import AttributeTask, BagReport
-from schemas.errors import GigacamError
-from schemas.run import GroupTask, Report, SolveTask, UnitTask
+from schemas.run import GroupTask, SolveTask, UnitTask
 from workers.bag_plan import encoder_known
 from workers.explainer import ExplainInit
 from workers.imported import import_features
@@ -31,38 +28,43 @@ def collect_and_solve(run: Run, sums: Reductions) -> None:
     ]
     groups = sums.pending_groups() if run.pending and sums.unsolved() else []
     sizes: dict[Task, int] = {GroupTask(group=group): len(sums.rows(group)) for group in groups}
-    for report in _each_tile_once(run, run.stages.collect, sizes):
+    for report in run.each_tile_once(run.stages.collect, sizes):
         if report.error:
             assert isinstance(report.task, GroupTask)
             sums.fail_group(report.task.group)
     unsolved = sums.unsolved() if run.pending else []
-    _each_done(run, run.stages.solve, [SolveTask(method=name) for name in unsolved])
+    run.each_done(run.stages.solve, [SolveTask(method=name) for name in unsolved])
     if not sums.unsolved():
         sums.drop_collected()
+
+
+def embed(work: Work, stage: Stage, bag: Bag, tiles: TilesStore) -> str:
+    """Embed all tiles that are not yet, or import their features; how these are known to be the encoder's."""
+    pending = {unit: tiles.unit_rows(unit) for unit in bag.pending_units()}
+    if work.job.features:
+        assert isinstance(stage.init, ExplainInit)
+        return import_features(bag, pending, work.job.features, stage.init)
+    sizes: dict[Task, int] = {UnitTask(unit=unit): len(rows) for unit, rows in pending.items()}
+    for report in work.each_tile_once(stage, sizes):
+        if report.error:
+            assert isinstance(report.task, UnitTask)
+            bag.fail_unit(tiles.unit_rows(report.task.unit), report.error)
+    return encoder_known(tiles.info)
 
 
 def embed_and_attribute(run: Run, bag: Bag, tiles: TilesStore) -> BagReport:
     """Embed all tiles and decide the bag, where no earlier run did."""
     if (found := bag.report()) is None:
-        pending = {unit: tiles.unit_rows(unit) for unit in bag.pending_units()}
-        encoder = encoder_known(tiles.info)
-        if run.job.features:
-            init = run.stages.embed.init
-            assert isinstance(init, ExplainInit)
-            encoder = import_features(bag, pending, run.job.features, init)
-            pending = {}
-        sizes: dict[Task, int] = {UnitTask(unit=unit): len(rows) for unit, rows in pending.items()}
-        for report in _each_tile_once(run, run.stages.embed, sizes):
-            if report.error:
-                assert isinstance(report.task, UnitTask)
-                bag.fail_unit(tiles.unit_rows(report.task.unit), report.error)
-        _each_done(run, run.stages.attribute(encoder), [AttributeTask()])
+        encoder = embed(run, run.stages.embed, bag, tiles)
+        run.each_done(run.stages.attribute(encoder), [AttributeTask()])
         found = bag.report()
         assert found is not None
     return found
 
 
-def forget_failed(tiles: TilesStore, heatmap: HeatmapStore, bag: Bag | None, sums: Reductions | None) -> None:
+def forget_failed(
+    tiles: TilesStore, heatmap: HeatmapStore | None, bag: Bag | None, sums: Reductions | None
+) -> None:
     """Make ready for what failed to be tried again; killed in between, what is left is consistent.
 
     A tile that comes into a bag changes its decision, and with it every map.
@@ -70,40 +72,11 @@ def forget_failed(tiles: TilesStore, heatmap: HeatmapStore, bag: Bag | None, sum
     if sums is not None:
         sums.retry()
     if bag is not None and bag.failed():
-        heatmap.clear_blocks(tiles.boxes())
+        if heatmap is not None:
+            heatmap.clear_blocks(tiles.boxes())
         tiles.reset()
         bag.reset_failed()
         return
-    heatmap.clear_blocks(tiles.retry_boxes())
+    if heatmap is not None:
+        heatmap.clear_blocks(tiles.retry_boxes())
     tiles.reset_failed()
-
-
-def _each_tile_once(run: Run, stage: Stage, sizes: Mapping[Task, int]) -> Iterable[Report]:
-    """Reports of tasks that go over tiles, `sizes` of them each; a failed task is among what was lost."""
-    done, failed, total = 0, 0, sum(sizes.values())
-    began = time.perf_counter()
-    for report in run.pool.run(stage, list(sizes)):
-        assert report.task is not None
-        if report.error:
-            run.lost.append(f"{report.key}: {report.error}")
-        yield report
-        run.note(stage.name, report)
-        rows = sizes[report.task]
-        done, failed = done + rows, failed + (rows if report.error else report.failed)
-        rate = done / max(1e-9, time.perf_counter() - began)
-        run.tell(Event(run.name, stage.name, done, total, failed, rate))
-
-
-def _each_done(run: Run, stage: Stage, tasks: Sequence[Task]) -> None:
-    """Tasks without which the image cannot go on.
-
-    Raises
-    ------
-    GigacamError
-        One failed.
-    """
-    for report in run.pool.run(stage, tasks):
-        if report.error:
-            msg = f"{run.job.request.uri}: {report.key}: {report.error}"
-            raise GigacamError(msg)
-        run.note(stage.name, report)

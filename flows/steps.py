@@ -12,6 +12,7 @@ from flows.blocks import BlockOrder
 from flows.export import export_image
 from flows.first_pass import collect_and_solve, embed_and_attribute, forget_failed
 from flows.progress import Event
+from flows.work import Work
 from schemas.errors import GigacamError, StoreError
 from schemas.image import ImageRequest
 from schemas.run import (
@@ -19,7 +20,6 @@ from schemas.run import (
     ExplainRequest,
     ImageReport,
     PoolSettings,
-    Report,
     UnitTask,
 )
 from workers.attributor import AttributeInit, Attributor
@@ -41,6 +41,10 @@ from workers.store.tiles import TilesStore
 
 log = logging.getLogger("gigacam")
 
+Tell = Callable[[Event], None]
+Compute = Callable[[Job, str, ExplainRequest, Model, Pool, PoolSettings, Tell], ImageReport]
+"""What is done with a planned image: job, its name for people, and what was asked."""
+
 
 def explain_image(
     image: ImageRequest,
@@ -48,9 +52,22 @@ def explain_image(
     model: Model,
     pool: Pool,
     settings: PoolSettings,
-    tell: Callable[[Event], None],
+    tell: Tell,
 ) -> ImageReport:
-    """Take one image the whole way; what goes wrong ends in the report, not in an exception.
+    """Take one image the whole way; see `one_image`."""
+    return one_image(image, request, model, pool, settings, tell, _compute)
+
+
+def one_image(
+    image: ImageRequest,
+    request: ExplainRequest,
+    model: Model,
+    pool: Pool,
+    settings: PoolSettings,
+    tell: Tell,
+    compute: Compute,
+) -> ImageReport:
+    """Plan one image and `compute` it; what goes wrong ends in the report, not in an exception.
 
     KeyboardInterrupt is left to the caller: what was computed so far is in the store.
     """
@@ -61,7 +78,7 @@ def explain_image(
         tell(Event(name, "probe"))
         job = plan_image(image, request, model)
         tell(Event(name, "plan", message=f"{job.plan.planned} tiles in {job.plan.units} units"))
-        report = _compute(job, name, request, model, pool, settings, tell)
+        report = compute(job, name, request, model, pool, settings, tell)
         report = _export(job, name, request, report, tell)
     except Exception as error:  # one image's failure, whatever it is, never ends the others
         if isinstance(error, GigacamError):
@@ -88,7 +105,7 @@ def _compute(
     model: Model,
     pool: Pool,
     settings: PoolSettings,
-    tell: Callable[[Event], None],
+    tell: Tell,
 ) -> ImageReport:
     notes = list(job.notes)
     tiles, heatmap = _stores(job, request)
@@ -209,17 +226,20 @@ def _export(
 
 
 def _stores(job: Job, request: ExplainRequest) -> tuple[TilesStore, HeatmapStore]:
-    """Make or resume both stores; a heatmap never outlives the tiles it was made of.
+    """Make or resume both stores."""
+    tiles = tiles_store(job, request)
+    return tiles, HeatmapStore.create(job.folder / "heatmap.ome.zarr", job.heatmap, job.folder.name)
+
+
+def tiles_store(job: Job, request: ExplainRequest) -> TilesStore:
+    """Make or resume the tiles; a heatmap never outlives those it was made of.
 
     It goes first: killed in between, tiles without a heatmap are left, never a heatmap of other tiles.
     """
-    tiles, heatmap = job.folder / "tiles.zarr", job.folder / "heatmap.ome.zarr"
+    tiles = job.folder / "tiles.zarr"
     if request.fresh or not TilesStore.exists(tiles):
-        HeatmapStore.move_aside(heatmap)
-    return (
-        TilesStore.create(tiles, job.tiles, job.plan.boxes, fresh=request.fresh),
-        HeatmapStore.create(heatmap, job.heatmap, job.folder.name),
-    )
+        HeatmapStore.move_aside(job.folder / "heatmap.ome.zarr")
+    return TilesStore.create(tiles, job.tiles, job.plan.boxes, fresh=request.fresh)
 
 
 def _gap_line(job: Job, failed: int, planned: int, first: str, lost: list[str]) -> str:
@@ -258,7 +278,7 @@ class Stages:
         return Stage("attribute", Attributor, init, "cpu")
 
 
-class Run:
+class Run(Work):
     """Explain what is still to do, and write each block as soon as its last tile is there."""
 
     def __init__(
@@ -269,9 +289,10 @@ class Run:
         stages: Stages,
         tiles: TilesStore,
         heatmap: HeatmapStore,
-        tell: Callable[[Event], None],
+        tell: Tell,
     ) -> None:
-        self.job, self.name, self.pool, self.stages, self.tell = job, name, pool, stages, tell
+        super().__init__(job, name, pool, tell)
+        self.stages = stages
         self._tiles, self._heatmap = tiles, heatmap
         self.pending = tiles.pending_units()
         plan = job.plan
@@ -281,11 +302,7 @@ class Run:
             heatmap.pending_blocks(),
             set(range(plan.units)) - set(self.pending),
         )
-        self.lost: list[str] = []
         self.blocks_lost = False
-        self.notes: list[str] = []
-        self.devices: set[str] = set()
-        self.seconds: dict[str, float] = {}
         self.tiles_computed = 0
         self._began = time.perf_counter()
 
@@ -323,11 +340,3 @@ class Run:
                 released += self._order.block_done(report.task)
                 self.tell(Event(self.name, stage, self._order.done, self._order.total))
             tasks = released
-
-    def note(self, stage: str, report: Report) -> None:
-        self.notes.extend(report.notes)
-        self.devices |= {report.device} - {""}
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + report.seconds
-        for part, value in report.seconds_by.items():
-            key = f"{stage}.{part}"
-            self.seconds[key] = self.seconds.get(key, 0.0) + value

@@ -64,6 +64,8 @@ class ChannelInfo(Frozen):
     """The score of the whole bag of tiles is explained, not each tile's own."""
     bag_method: str = ""
     """Of a channel with one value a tile: the bag method it is by. Maps inside the tiles have none."""
+    encoder_unverified: bool = False
+    """The features were taken as they are: there was no slide to see whose they are."""
     grid: tuple[int, ...]
     """Native CAM cells a tile, array order."""
     title: str = ""
@@ -72,8 +74,9 @@ class ChannelInfo(Frozen):
 
     @property
     def label(self) -> str:
-        """What viewers show; a reconstruction is never without its mark."""
+        """What viewers show; a reconstruction, or what rests on unverified features, is never without its mark."""
         mark = " (reconstruction)" if "(reconstruction)" in self.title else ""
+        mark += " (encoder unverified)" if self.encoder_unverified else ""
         return f"{self.method}:{self.target}{mark}"
 
 

@@ -67,6 +67,8 @@ class ImageMeta(Frozen):
     """Value read outside the image."""
     notes: tuple[str, ...] = ()
     """What a user should know, such as "no objective power"."""
+    pixels: bool = True
+    """False: features alone stand for the slide; nothing of it can be read."""
 
     @property
     def shape_l0(self) -> tuple[int, ...]:

@@ -83,6 +83,8 @@ class TilesInfo(Frozen):
     """By method, of those that sum over all tiles first."""
     classes: tuple[str, ...]
     """Name of each score, in the network's order."""
+    embedding: int = 0
+    """Numbers a tile of an encoder without a bag head, whose features are all that is asked."""
     planned: int
     """Tiles to compute; the rows after them were left out by choice."""
     tiles: int
@@ -91,9 +93,9 @@ class TilesInfo(Frozen):
 
     @property
     def features(self) -> int:
-        """Numbers a tile that a bag head reads; 0 where there is no bag."""
+        """Numbers a tile that a bag head reads, or is trained on; 0 where there is no bag."""
         bag = self.spec.card.get("bag") or {}
-        return int(bag.get("features", 0))
+        return int(bag.get("features", self.embedding))
 
     def bag_grid(self) -> MapGrid:
         """The one cell of a bag method: the tile itself."""

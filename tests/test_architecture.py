@@ -100,11 +100,19 @@ LIBRARIES: dict[str, frozenset[str]] = {
 
 ONLY_IN = {
     "prefect": ("flows",),
-    "typer": ("flows.cli", "flows.options", "flows.export", "flows.report", "flows.desktop", "flows.view"),
+    "typer": (
+        "flows.cli",
+        "flows.options",
+        "flows.embedding",
+        "flows.export",
+        "flows.report",
+        "flows.desktop",
+        "flows.view",
+    ),
     "ray": ("workers.ray_pool",),
     "openslide": ("workers.readers.slide",),
     "monai": ("workers.models", "workers.readers"),
-    "h5py": ("workers.readers",),
+    "h5py": ("workers.readers", "workers.export"),
     "torch": (
         "workers.cam",
         "workers.models",

@@ -97,6 +97,7 @@ def bag_channels(tiles: TilesInfo, facts: ModelFacts, output: OutputSpec) -> tup
             signed=info.signed,
             bag=True,
             bag_method=name,
+            encoder_unverified=not tiles.image.pixels,
             grid=tiles.bag_grid().shape,
             title=info.title,
             edition=info.edition,
@@ -108,7 +109,7 @@ def bag_channels(tiles: TilesInfo, facts: ModelFacts, output: OutputSpec) -> tup
 
 def encoder_known(tiles: TilesInfo) -> str:
     """How computed features are known to be those the head was trained on."""
-    if tiles.spec.card["bag"]["encoder_digest"]:
+    if (tiles.spec.card["bag"] or {}).get("encoder_digest"):
         return "computed by the encoder that the head was trained on"
     return "computed; the card does not say which encoder the head was trained on"
 

@@ -107,7 +107,7 @@ def _passes(job: Job) -> tuple[float, list[str]]:
 
 def measure_rate(job: Job, model: Model, threads: int) -> None:
     """Run one batch of the planned tiles and keep the rate for this and later plans; writes no output."""
-    if job.plan.planned:
+    if job.plan.planned and job.tiles.image.pixels:
         init = ExplainInit(tiles="", tiles_id="", model=model.path, threads=threads)
         batch = job.plan.boxes[: min(job.tiles.spec.batch, job.plan.planned)]
         rate = tiles_per_second(job.tiles, init, batch)

@@ -16,9 +16,19 @@ from schemas.grid import Lattice
 from schemas.image import ImageMeta, stem_of
 from schemas.run import TilesInfo
 from workers.explainer import ExplainInit, TileComputer
-from workers.readers.features import SUFFIXES, read_features
+from workers.readers.features import (
+    ENCODER,
+    SUFFIXES,
+    TILE,
+    ImportedFeatures,
+    level0_size,
+    read_features,
+)
 from workers.store.bags import Bag
+from workers.store.tiles import TilesStore
 
+STORE = "tiles.zarr"
+UNVERIFIED = "encoder unverified: features alone, without their slide"
 TRIED = 8
 """Tiles that are embedded again, to see that the features are this encoder's."""
 SAME_ENCODER = 0.999
@@ -35,12 +45,14 @@ class Placed:
     boxes: NDArray[np.int64]
     """`(N, 2, 2)` level-0, in the same order."""
     sha256: str
-    """Of the file."""
+    """Of the file, or of what a store holds."""
+    encoder: str
+    """Digest of the encoder's weights, where the file says whose they are."""
     notes: tuple[str, ...]
 
 
 def features_path(asked: str, uri: str) -> Path:
-    """The feature file of an image: `asked` itself, or the one in it that is named like the image.
+    """Features of an image: `asked` itself, a file or an embedded image's `tiles.zarr`, or the one in it named like the image.
 
     Raises
     ------
@@ -48,39 +60,82 @@ def features_path(asked: str, uri: str) -> Path:
         There is none, or several.
     """
     path = Path(asked).expanduser().absolute()
-    if not path.is_dir():
+    if not path.is_dir() or path.name == STORE:
         return path
     stem = stem_of(Path(uri.partition("?")[0]).name)
     found = [p for suffix in SUFFIXES if (p := path / f"{stem}{suffix}").exists()]
+    found += sorted(path.glob(f"{stem}-{'[0-9a-f]' * 8}/{STORE}"))
     if len(found) != 1:
-        msg = f"{uri}: {len(found)} feature files in {path}; expected one, {' or '.join(stem + s for s in SUFFIXES)}"
+        wanted = " or ".join([*(stem + s for s in SUFFIXES), f"{stem}-*/{STORE}"])
+        msg = f"{uri}: {len(found)} places of its features in {path}; expected one, {wanted}"
         raise SourceError(msg)
     return found[0]
 
 
-def place_features(path: Path, meta: ImageMeta, lattice: Lattice, features: int) -> Placed:
+def _stored(path: Path) -> ImportedFeatures:
+    """The features in a `tiles.zarr`, and what a file of ours would say of them.
+
+    Raises
+    ------
+    StoreError
+        No such store, or not all of it is embedded.
+    """
+    store = TilesStore.open(path)
+    info = store.info
+    if not info.features:
+        msg = f"{path}: has no features: it is of an image whose tiles were explained, not embedded"
+        raise SourceError(msg)
+    bag = Bag(path, info)
+    rows = bag.rows()
+    said = {TILE: info.lattice.tile_l0, ENCODER: info.spec.card.get("state_sha256", "")}
+    return ImportedFeatures(bag.features(rows), store.boxes(rows)[:, 0], said)
+
+
+def _read(path: Path) -> tuple[ImportedFeatures, str]:
+    """What is at `path`, and its digest."""
+    if path.is_dir():
+        found = _stored(path)
+        content = hashlib.sha256(found.features.tobytes())
+        if found.corner_l0 is not None:
+            content.update(found.corner_l0.tobytes())
+        return found, content.hexdigest()
+    found = read_features(path)
+    with path.open("rb") as file:
+        return found, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def place_features(path: Path, meta: ImageMeta, lattice: Lattice, features: int, encoder: str = "") -> Placed:
     """Read a feature file and lay its tiles on the slide.
 
     Parameters
     ----------
     path
-        See `workers.readers.features.read_features`.
+        See `workers.readers.features.read_features`; or a `tiles.zarr`.
     meta
         Of the slide.
     lattice
         Says how large a tile of the encoder is on this slide.
     features
         Numbers a tile that the head reads.
+    encoder
+        Digest of the encoder's weights; a file that says another is refused.
 
     Raises
     ------
     SourceError
-        No tile; other numbers a tile; values that are not finite; no positions, or some off the slide; tiles of another size.
+        No tile; another encoder; other numbers a tile; values that are not finite; no positions, or some off the slide; tiles of another size.
     """
-    found = read_features(path)
+    found, sha256 = _read(path)
     n, width = found.features.shape
     if not n:
         msg = f"{path}: the bag is empty; expected the features of at least one tile"
+        raise SourceError(msg)
+    whose = str(found.attributes.get(ENCODER, ""))
+    if whose and encoder and whose != encoder:
+        msg = (
+            f"{path}: the features of another encoder: its weights had the digest {whose[:12]}, those of the model card have "
+            f"{encoder[:12]}; give the card of the encoder that made them, or embed the slide anew"
+        )
         raise SourceError(msg)
     if width != features:
         msg = f"{path}: {width} numbers a tile, the bag head reads {features}: these are the features of another encoder"
@@ -105,28 +160,27 @@ def place_features(path: Path, meta: ImageMeta, lattice: Lattice, features: int)
         )
         raise SourceError(msg)
     order = np.lexsort(found.corner_l0.T[::-1])
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     boxes = np.stack([found.corner_l0, stop], axis=1)[order]
-    return Placed(found.features[order].astype(np.float32), boxes, sha256, notes)
+    return Placed(found.features[order].astype(np.float32), boxes, sha256, whose, notes)
 
 
 def _check_size(path: Path, said: dict[str, Any], meta: ImageMeta, lattice: Lattice) -> tuple[str, ...]:
     """What the file says of its tiles' size must be what the card and the slide say."""
-    size = said.get("patch_size_level0")
+    size = level0_size(said)
     if size is None and "patch_size" in said and "patch_level" in said:
         level = int(said["patch_level"])
         if level >= len(meta.levels):
             msg = f"{path}: its tiles are of level {level}, the slide has {len(meta.levels)} levels"
             raise SourceError(msg)
-        size = float(said["patch_size"]) * float(meta.levels[level].downsample[0])
+        side = float(said["patch_size"]) * float(meta.levels[level].downsample[0])
+        size = side, side
     if size is None:
         return (
             f"{path.name} does not say how large its tiles are; taken as {lattice.tile_l0[0]} level-0 px",
         )
-    if any(abs(float(size) - t) > max(1.0, SIZE_TOLERANCE * t) for t in lattice.tile_l0):
+    if any(abs(s - t) > max(1.0, SIZE_TOLERANCE * t) for s, t in zip(size, lattice.tile_l0, strict=True)):
         msg = (
-            f"{path}: its tiles are {float(size):g} level-0 px wide, those of the card are {lattice.tile_l0[1]} x "
+            f"{path}: its tiles are {size[1]:g} level-0 px wide, those of the card are {lattice.tile_l0[1]} x "
             f"{lattice.tile_l0[0]} on this slide; give the card the tile and mpp that the features were made with"
         )
         raise SourceError(msg)
@@ -204,11 +258,16 @@ def import_features(bag: Bag, units: Mapping[int, NDArray[np.int64]], path: str,
         See `place_features` and `verify_encoder`; or the file changed since it was planned.
     """
     info = bag.info
-    placed = place_features(Path(path), info.image, info.lattice, info.features)
+    placed = place_features(
+        Path(path), info.image, info.lattice, info.features, info.spec.card.get("state_sha256", "")
+    )
     if placed.sha256 != info.spec.grid.features_sha256:
         msg = f"{path}: changed since the run was planned; restore it, or explain again with --fresh"
         raise SourceError(msg)
-    known = verify_encoder(info, init, placed)
+    if info.image.pixels:
+        known = verify_encoder(info, init, placed)
+    else:
+        known = UNVERIFIED + ("; the file says they are this encoder's" if placed.encoder else "")
     for rows in units.values():
         bag.write_unit(rows, placed.features[rows], {})
     return known

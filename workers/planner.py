@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from schemas.bag import InsideSpec
 from schemas.errors import SourceError, SpecError
 from schemas.explanation import CamSpec
 from schemas.grid import GridSpec, TissueSpec
@@ -89,6 +90,34 @@ def open_model(request: ExplainRequest) -> Model:
     return Model(str(Path(request.model).resolve()), loaded.card, facts)
 
 
+def open_encoder(request: ExplainRequest) -> Model:
+    """Open the model of a request of which only the embedding is asked: of whole bags as ever, or an encoder alone.
+
+    Raises
+    ------
+    SpecError, ModelError
+        See `open_model`; or a network that gives no embedding, or flags that mean nothing without a bag head.
+    """
+    loaded = load_card(request.model)
+    if loaded.card.bag is not None:
+        return open_model(request)
+    output = loaded.card.output
+    if output.kind != "embedding" or output.references:
+        msg = (
+            f"{request.model}: embedding takes a model with a [bag] head, or an encoder: [output] kind = 'embedding' without "
+            f"references; found kind = {output.kind!r}. What a layer gives is embedded by [network] embedding = 'mean' or 'class'"
+        )
+        raise SpecError(msg)
+    given = request.model_fields_set & {"methods", "bag_methods", "inside", "features", "targets"}
+    if given:
+        flags = ", ".join(sorted(given))
+        msg = f"{flags}: {request.model} has no [bag] head to explain; remove the flags"
+        raise SpecError(msg)
+    model = open_model(request.model_copy(update={"methods": (), "targets": ("0",)}))
+    facts = model.facts.model_copy(update={"embedding": len(model.facts.classes)})
+    return Model(model.path, model.card, facts)
+
+
 def _check_places(request: ExplainRequest, ndim: int) -> None:
     """Read what --region and --mask name: a wrong file is a wrong request, not a failed image."""
     if request.region:
@@ -133,7 +162,13 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
     if meta.kind != card.input.kind:
         msg = f"{image.uri}: is a {meta.kind}; model {card.name!r} takes a {card.input.kind}"
         raise SpecError(msg)
-    if meta.channels != card.input.channels:
+    if not meta.pixels and card.bag is None:
+        msg = f"{image.uri}: features alone, and model {card.name!r} has no [bag] head to explain them by; give the slide"
+        raise SpecError(msg)
+    if not meta.pixels and (request.region or request.mask):
+        msg = f"{image.uri}: the bag is the file's tiles, all of them; remove --region and --mask"
+        raise SpecError(msg)
+    if meta.pixels and meta.channels != card.input.channels:
         msg = f"{image.uri}: has {meta.channels} channels; model {card.name!r} takes {card.input.channels}"
         raise SpecError(msg)
     if meta.spacing is None:
@@ -154,15 +189,16 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
     lattice = make_lattice(
         image.uri, meta.levels, meta.spacing, grid, allow_upsampling=request.allow_upsampling
     )
-    notes = list(meta.notes)
+    notes = [*meta.notes, *facts.notes]
     mask: Any = None
     downsample: tuple[float, ...] = (1.0,) * meta.ndim
     method, fraction = "every tile", 1.0
     placed: Placed | None = None
     path = Path()
-    if request.features:
-        path = features_path(request.features, image.uri)
-        placed = place_features(path, meta, lattice, card.bag.features if card.bag else 0)
+    if request.features or not meta.pixels:
+        path = features_path(request.features, image.uri) if meta.pixels else Path(meta.uri)
+        width = card.bag.features if card.bag else 0
+        placed = place_features(path, meta, lattice, width, facts.card["state_sha256"])
         grid = grid.model_copy(update={"features_sha256": placed.sha256})
         method = f"features {path.name}"
         notes += placed.notes
@@ -197,11 +233,14 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         grid.region_l0,
         None if placed is None else placed.boxes,
     )
-    if card.bag is not None and not plan.planned:
+    if (card.bag is not None or facts.embedding) and not plan.planned:
         msg = f"{image.uri}: the bag is empty: no tile holds enough tissue ({method}); --tissue none takes every tile"
         raise SourceError(msg)
     if lattice.upsampling > 1.25:
         notes.append(f"read {lattice.upsampling:.2f} times finer than the source, as allowed")
+    if not meta.pixels:  # nothing can be seen inside a tile
+        facts = facts.model_copy(update={"grids": {}})
+        request = request.model_copy(update={"inside": InsideSpec.parse("none")})
     cam = CamSpec(
         methods=tuple(facts.grids),
         targets=facts.targets,
@@ -230,6 +269,7 @@ def _plan(reader: Reader, image: ImageRequest, request: ExplainRequest, model: M
         grids=grids,
         reductions=facts.reductions,
         classes=facts.classes,
+        embedding=facts.embedding,
         planned=plan.planned,
         tiles=plan.tiles,
         units=plan.units,

@@ -19,7 +19,7 @@ from schemas.model import BagSpec
 from schemas.training import Figure, TrainReport, TrainRequest
 from workers.metrics.classification import Estimate
 from workers.models.card import LoadedCard, load_card, resolved
-from workers.readers.features import SUFFIXES, read_features
+from workers.readers.features import ENCODER, SUFFIXES, read_features
 from workers.store.bags import Bag
 from workers.store.tiles import TilesStore
 from workers.training.bags import Bags, Case, make_folds, read_cases
@@ -77,7 +77,7 @@ class FeatureSource:
         else:
             found = read_features(path)
             features, corner = found.features, found.corner_l0
-            self.digests.add("")
+            self.digests.add(str(found.attributes.get(ENCODER, "")))
         if not self._ordered:
             return features
         if corner is None:

@@ -128,11 +128,50 @@ def embedder(cell: int, ndim: int = 2) -> nn.Module:
     return Embedder(cell, ndim)
 
 
+class RandomEncoder(nn.Module):
+    """Two convolutions of random weights that a seed fixes, and the mean over cells."""
+
+    def __init__(self, features: int, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.stem = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.ReLU())
+            self.body = nn.Conv2d(6, features, 4, 4)
+            self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.relu(self.body(self.stem(x)))
+        return maps.mean((2, 3))
+
+
+def random_encoder(features: int, seed: int) -> nn.Module:
+    return RandomEncoder(features, seed)
+
+
+def write_encoder_card(folder: Path, features: int = 6, seed: int = 0) -> str:
+    """Card of a random encoder for slides at 1 um, without a head."""
+    folder.mkdir(parents=True, exist_ok=True)
+    args = {"features": features, "seed": seed}
+    card = ModelCard(
+        schema=1,
+        name="encoder",
+        version="1",
+        licence="Apache-2.0",
+        intended_use="tests",
+        network=NetworkSpec(adapter="factory", name=f"{__name__}:random_encoder", args=args),
+        input=InputSpec(kind="slide", channels=3, tile=(128, 128), mpp=1.0),
+        output=OutputSpec(kind="embedding"),
+        cam=CamLayer(layer="relu"),
+    )
+    write_card(folder / "model.toml", card)
+    return str(folder / "model.toml")
+
+
 def write_bag_card(
     folder: Path, head: str, classes: tuple[str, ...] = ("benign", "tumour"), features: int = 3,
-    args: dict[str, Any] | None = None, **bag: Any,
+    args: dict[str, Any] | None = None, network: NetworkSpec | None = None, layer: str = "pool", **bag: Any,
 ) -> str:  # fmt: skip
-    """Card of `embedder` for slides at 1 um, under a head with fixed random weights."""
+    """Card of `embedder`, or another encoder, for slides at 1 um, under a head with fixed random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     state = build_head(head, features, len(classes), args).state_dict()
@@ -144,10 +183,10 @@ def write_bag_card(
         version="1",
         licence="Apache-2.0",
         intended_use="tests",
-        network=NetworkSpec(adapter="factory", name=f"{__name__}:embedder", args={"cell": 32}),
+        network=network or NetworkSpec(adapter="factory", name=f"{__name__}:embedder", args={"cell": 32}),
         input=InputSpec(kind="slide", channels=3, tile=(128, 128), mpp=1.0),
         output=OutputSpec(kind="logits", classes=classes),
-        cam=CamLayer(layer="pool"),
+        cam=CamLayer(layer=layer),
         bag=BagSpec(
             head=head, weights="head.safetensors", sha256=sha256, features=features, args=args or {}, **bag
         ),

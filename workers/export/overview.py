@@ -120,6 +120,8 @@ def _slide_blocks(
         # A wide slide lies above its heat, so that both can be large.
         rows = ((panels[0],), (panels[1],)) if size[1] > WIDE * size[0] else (panels,)
         blocks.append(Block(rows, legend, info.spacing_unit))
+    if not reader.meta.pixels:
+        return blocks, ["Features alone: there is no picture of the slide."]
     notes = [
         f"{len(bad)} places of the slide could not be read for this picture and are drawn as background."
     ]
@@ -201,6 +203,8 @@ def _legend(
             lines.append(f"All values: {words.number(low)} to {words.number(high)}")
     if where:
         lines.append(where)
+    if row.encoder_unverified:
+        lines.append("Encoder unverified: features alone, their slide was not there")
     if row.bag_method:
         lines.append("One value a tile, painted over it")
         if not row.signed:

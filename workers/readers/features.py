@@ -1,18 +1,25 @@
-"""Features of tiles that another program made: `.h5` as CLAM and TRIDENT write them, and plain `.npy`."""
+"""Features of tiles in files: `.h5` as CLAM and TRIDENT write them, and plain `.npy`; and such a file in the place of its slide."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import SourceError
+from schemas.geometry import Box
+from schemas.image import ImageMeta, LevelMeta, ReadOptions, stem_of
+from workers.readers.identity import file_identity
 
 SUFFIXES = (".h5", ".hdf5", ".npy")
+ENCODER = "encoder_sha256"
+"""Attribute of a file of ours: digest of the encoder's weights."""
+TILE = "tile_level0"
+"""Attribute of a file of ours: `(height, width)` of a tile in level-0 px."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +81,80 @@ def _hdf5(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, dict[str, Any]
         attributes = dict(file["features"].attrs) | ({} if coords is None else dict(coords.attrs))
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in attributes.items()}
         return file["features"][()], None if coords is None else coords[()], plain
+
+
+def level0_size(attributes: dict[str, Any]) -> tuple[float, float] | None:
+    """Height and width of a tile in level-0 px, where a file says it without the help of its slide."""
+    if (size := attributes.get(TILE)) is not None:
+        height, width = (float(n) for n in size)
+        return height, width
+    if (side := attributes.get("patch_size_level0")) is not None:
+        return float(side), float(side)
+    if "patch_size" in attributes and int(attributes.get("patch_level", -1)) == 0:
+        return float(attributes["patch_size"]), float(attributes["patch_size"])
+    return None
+
+
+class FeaturesReader:
+    """Features alone, in the place of their slide: its frame and scale as far as the file says them, and no pixels.
+
+    Raises
+    ------
+    SourceError
+        No positions, or nothing from which the slide's extent follows: neither is invented.
+    """
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        found = read_features(path)
+        if found.corner_l0 is None:
+            msg = (
+                f"{path}: does not say where its tiles are (no dataset coords); positions are never invented: give the file that "
+                "has them, or the slide as IMAGE"
+            )
+            raise SourceError(msg)
+        said = found.attributes
+        shape = (int(said.get("level0_height", 0)), int(said.get("level0_width", 0)))
+        notes = ["features alone, without their slide: only bag methods can be had"]
+        if not all(shape):
+            size = level0_size(said)
+            if size is None or not len(found.corner_l0):
+                msg = (
+                    f"{path}: says neither how large its tiles are (patch_size_level0 of coords) nor how large the slide is; what "
+                    "area it stands for is never invented: give the slide as IMAGE and this file by --features"
+                )
+                raise SourceError(msg)
+            y, x = (found.corner_l0.max(axis=0) + np.rint(size).astype(np.int64)).tolist()
+            shape = (y, x)
+            notes.append("the slide's extent is not known: the heatmap ends where the last tile does")
+        spacing, source = (options.mpp_um, options.mpp_um), "--mpp"
+        if options.mpp_um is None and "mpp" in said:
+            spacing, source = (float(said["mpp"]),) * 2, "attribute mpp of coords"
+        self.meta = ImageMeta(
+            uri=str(path),
+            stem=stem_of(path.name),
+            identity=file_identity(path),
+            kind="slide",
+            format="features:h5",
+            channels=3,
+            dtype="uint8",
+            levels=(LevelMeta(shape=shape, downsample=(1.0, 1.0)),),
+            spacing=None if spacing[0] is None else (float(spacing[0]), float(spacing[0])),
+            spacing_source=source if spacing[0] is not None else "",
+            background=235.0,
+            notes=tuple(notes),
+            pixels=False,
+        )
+
+    def read(self, box_l0: Box, shape_px: tuple[int, ...], level: int) -> NoReturn:
+        """There is nothing to read.
+
+        Raises
+        ------
+        SourceError
+            Always.
+        """
+        msg = f"{self.meta.uri}: features alone have no pixels; give the slide as IMAGE and this file by --features"
+        raise SourceError(msg)
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -100,6 +100,10 @@ def _open_file(path: Path, options: ReadOptions) -> Reader:
         return open_npy(path, options) if name.endswith(".npy") else open_picture(path, options)
     if name.endswith(DICOM_SUFFIXES):
         return _open_dicom(path, options)
+    if name.endswith((".h5", ".hdf5")):
+        from workers.readers.features import FeaturesReader
+
+        return FeaturesReader(path, options)
     return _open_slide(path, options)
 
 

@@ -70,7 +70,7 @@ def read_overview(
     downsample
         Whole numbers, an axis.
     bad
-        Level-0 boxes that could not be read; background there.
+        Level-0 boxes that could not be read; background there. None where there are no pixels at all.
 
     Raises
     ------
@@ -83,6 +83,8 @@ def read_overview(
     shape = tuple(-(-n // d) for n, d in zip(meta.shape_l0, downsample, strict=True))
     dtype = np.uint8 if meta.dtype == "uint8" else np.float32
     out = np.full((meta.channels, *shape), meta.background, dtype=dtype)
+    if not meta.pixels:
+        return out, tuple(map(float, downsample)), ()
     step = [d / s for d, s in zip(downsample, meta.levels[level].downsample, strict=True)]
     side = max(1, int((BLOCK_PX / math.prod(step)) ** (1 / meta.ndim)))
     bad: list[Box] = []

@@ -18,8 +18,9 @@ from zarr.codecs import BloscCodec
 
 from schemas.bag import BagReport
 from schemas.errors import StoreError
+from schemas.geometry import Box
 from schemas.heatmap import TileStatus
-from schemas.run import TilesInfo
+from schemas.run import TileFailure, TilesInfo
 from workers.store.rows import ERROR_BYTES, encode_reason, read_rows, reasons, write_chunk
 
 _COMPRESSOR = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
@@ -249,6 +250,15 @@ class Bag:
         if not self.info.spec.cam.methods:
             return np.zeros(len(rows), bool)
         return np.asarray(self._rows("inside", rows) != Inside.NO)
+
+    def failures(self, boxes: NDArray[np.int64]) -> tuple[TileFailure, ...]:
+        """Tiles that have no features, with their `boxes` `(N, 2, axes)` and reasons, by index."""
+        rows = np.flatnonzero(self.statuses() == TileStatus.FAILED)
+        texts = reasons(self._rows("embed_error", rows))
+        return tuple(
+            TileFailure(tile=row, box=Box(frame="l0", start=tuple(a), stop=tuple(b)), reason=text)
+            for row, (a, b), text in zip(rows.tolist(), boxes[rows].tolist(), texts, strict=True)
+        )
 
     def failed(self) -> bool:
         """Whether a tile has no features."""
