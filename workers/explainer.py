@@ -18,6 +18,7 @@ from schemas.errors import ModelError, StoreError
 from schemas.explanation import Precision
 from schemas.frozen import Frozen, digest
 from schemas.run import Report, TilesInfo, UnitTask
+from workers.allocator import keep_freed_memory
 from workers.cam.explain import Explained, explain
 from workers.cam.method import Solved
 from workers.cam.targets import TileTarget, resolve
@@ -241,6 +242,7 @@ class TileComputer:
         torch.backends.cudnn.allow_tf32 = spec.cam.precision != "fp32"
         if self.device == "cpu":
             torch.set_num_threads(init.threads)
+            keep_freed_memory()
             decoders = min(DECODERS_MOST, init.threads)
         else:
             # The host's threads are free while the device computes.
