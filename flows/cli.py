@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from flows import desktop, embedding, export, view
+from flows import desktop, embedding, export, report, view
 from flows.options import (
     Address,
     AsJson,
@@ -307,6 +307,7 @@ def doctor() -> None:
 
 embedding.register(app)
 export.register(app)
+report.register(app)
 view.register(app)
 desktop.register(app)
 

@@ -84,6 +84,7 @@ SIDEWAYS = {
     ("workers.pool", "workers.ray_pool"): "opens the pool asked for, imported on demand",
     ("workers.viewer", "workers.export"): "its pictures and volumes look and lie as the files do",
     ("workers.viewer", "workers.report"): "leaves out of messages what reports leave out",
+    ("workers.report", "workers.export"): "draws and words what the pictures beside a heatmap do",
     ("workers.synthetic", "workers.training"): "its networks are fitted by the trainer users have",
 }
 """The edges inside a ring, each with its reason."""

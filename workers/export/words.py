@@ -28,7 +28,7 @@ COVERAGE_WORDS: Mapping[Coverage, str] = {
 }
 
 
-_RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
 def number(value: float) -> str:
@@ -38,7 +38,7 @@ def number(value: float) -> str:
     '−2.86\xa0×\xa010⁻⁵'
     """
     digits, _, power = f"{value:.3g}".partition("e")
-    times = f"\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10{str(int(power)).translate(_RAISED)}" if power else ""
+    times = f"\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10{str(int(power)).translate(RAISED)}" if power else ""
     return digits.replace("-", "−") + times
 
 
@@ -50,7 +50,7 @@ def power_of_ten(window: tuple[float, float]) -> int:
 
 def unit(name: str, power: int) -> str:
     """A unit as it stands under a scale whose numbers were divided by a power of ten."""
-    return f"{name}, × 10{str(power).translate(_RAISED)}" if power else name
+    return f"{name}, × 10{str(power).translate(RAISED)}" if power else name
 
 
 def length(size: float, unit: str) -> str:
