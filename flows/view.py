@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import sys
@@ -14,8 +15,6 @@ import typer
 from schemas.errors import SpecError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MOST_CONNECTIONS = 2000
-"""Beyond them a browser is told to come again."""
 
 Outs = Annotated[
     list[str], typer.Argument(metavar="OUT...", help="Output folders of gigacam explain.", show_default=False)
@@ -28,11 +27,13 @@ Host = Annotated[
         help="Address to listen at; any but this machine's own needs a token, which is made if none is given.",
     ),
 ]
-Token = Annotated[str, typer.Option("--token", help="Who does not bring it sees nothing.")]
+Token = Annotated[str, typer.Option("--token", help="Who does not bring it sees nothing. Default: none.")]
 Cors = Annotated[
     str,
     typer.Option(
-        "--cors", metavar="ORIGIN", help="Origin of a web viewer that may read the OME-Zarr by URL; *: any."
+        "--cors",
+        metavar="ORIGIN",
+        help="Origin of a web viewer that may read the OME-Zarr by URL; *: any. Default: none.",
     ),
 ]
 Source = Annotated[
@@ -40,7 +41,7 @@ Source = Annotated[
     typer.Option(
         "--source",
         metavar="DIR",
-        help="Where images lie that were moved since; found by name, taken if unchanged.",
+        help="Where images lie that were moved since; found by name, taken if unchanged. Default: where they were.",
     ),
 ]
 Label = Annotated[
@@ -95,32 +96,27 @@ def serve(
     SpecError
         The address or port cannot be had.
     """
-    import uvicorn
+    from workers.viewer.app import http_server
+    from workers.viewer.pages import Settings
 
-    from workers.viewer.app import Settings, viewer
-
+    cors = cors.rstrip("/")
+    if cors and not re.fullmatch(r"\*|https?://[^/\s,]+", cors):
+        msg = f"--cors {cors}: expected the origin of a page, such as https://viewer.example.org, or *"
+        raise SpecError(msg)
     local = host in LOOPBACK
     if not local and not token:
         token = secrets.token_urlsafe(16)
     settings = Settings(
-        folders, sources, hosts=LOOPBACK if local else (), token=token, cors=cors.rstrip("/"), label=label
+        folders, sources, hosts=LOOPBACK if local else (), token=token, cors=cors, label=label
     )
     listening = _listen(host, port)
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    config = uvicorn.Config(
-        viewer(settings),
-        log_level="warning",
-        access_log=False,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=2,
-        server_header=False,
-    )
     print(f"viewer: {url}\nCtrl-C ends it", flush=True)
     if open_page:
         webbrowser.open(url)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        http_server(settings).run(sockets=[listening])
     except KeyboardInterrupt:
         print("viewer ended", file=sys.stderr)
     finally:
@@ -134,6 +130,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind(address)
+            listening.listen(2048)  # who is quick may knock before the server has started
         except OSError:
             listening.close()
             raise

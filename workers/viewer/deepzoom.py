@@ -81,11 +81,10 @@ def _read(reader: Reader, start: list[int], stop: list[int], shape: list[int], l
         return reader.read(box, tuple(shape), level)[0]
     half = shape[axis] // 2
     middle = start[axis] + (stop[axis] - start[axis]) // shape[axis] * half
-    parts = []
-    for a, b, n in ((start[axis], middle, half), (middle, stop[axis], shape[axis] - half)):
-        ends = [[*start], [*stop], [*shape]]
-        ends[0][axis], ends[1][axis], ends[2][axis] = a, b, n
-        parts.append(_read(reader, *ends, level))
+    first, last = [[*start], [*stop], [*shape]], [[*start], [*stop], [*shape]]
+    first[1][axis], first[2][axis] = middle, half
+    last[0][axis], last[2][axis] = middle, shape[axis] - half
+    parts = [_read(reader, a, b, n, level) for a, b, n in (first, last)]
     return np.concatenate(parts, axis=axis + 1)
 
 

@@ -9,8 +9,10 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from workers.viewer.answers import refusal
 
 POLICY = (
     "default-src 'none'; script-src 'self'{wasm}; style-src 'self'; img-src 'self' data: blob:; "
@@ -123,6 +125,7 @@ class Guard:
             headers["Access-Control-Allow-Origin"] = self._cors
             headers["Access-Control-Allow-Methods"] = "GET, HEAD"
             headers["Access-Control-Allow-Headers"] = "Range, If-None-Match, Authorization"
+            headers["Access-Control-Allow-Private-Network"] = "true"
             headers["Access-Control-Expose-Headers"] = "Content-Range, Content-Length, Accept-Ranges, ETag"
 
 
@@ -135,11 +138,6 @@ def host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
-
-
-def refusal(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error as the pages expect it."""
-    return JSONResponse({"error": message}, status, {**(headers or {}), "Cache-Control": "no-store"})
 
 
 def _for_others(path: str) -> bool:

@@ -46,7 +46,8 @@ def file_response(root: Path, path: str, request: Request) -> Response:
         found = file.stat()
     except (OSError, ValueError, RuntimeError) as error:
         raise missing from error
-    if not file.is_relative_to(base) or not stat.S_ISREG(found.st_mode):
+    inside = file.is_relative_to(base) and allowed(file.relative_to(base).as_posix())
+    if not inside or not stat.S_ISREG(found.st_mode):
         raise missing
     if len(request.headers.get("range", "")) > MOST_RANGES:
         raise HTTPException(

@@ -80,10 +80,15 @@ class Sources:
             gate = self._finding.setdefault(origin.identity, threading.Lock())
         with gate:
             found = self._found.get(origin.identity)
-            if found is None or (found.reason and time.monotonic() - found.looked > RETRY_S):
+            if found is None or (time.monotonic() - found.looked > RETRY_S and not self._holds(found)):
                 found = self._look(origin)
                 self._found[origin.identity] = found
             return found
+
+    @staticmethod
+    def _holds(found: Found) -> bool:
+        """Whether what was found last is still there."""
+        return not found.reason and (found.uri.startswith("procedural:") or Path(found.uri).exists())
 
     def _look(self, origin: Origin) -> Found:
         reasons = []
@@ -195,10 +200,12 @@ def describe(reader: Reader, uri: str) -> Found:
         finite = shown[np.isfinite(shown)]
         low, high = (float(v) for v in np.percentile(finite, [0.5, 99.5])) if finite.size else (0.0, 1.0)
         window = (low, high if high > low else low + 1.0)
-    objective, associated = "", ()
+    objective, associated = "", tuple[str, ...]()
     if meta.format.startswith("openslide:"):
         from workers.readers.slide import SlideReader
 
         if isinstance(reader, SlideReader):
             objective, associated = reader.objective, reader.associated
-    return Found(uri=uri, meta=meta, window=window, objective=objective, associated=associated)
+    return Found(
+        uri=uri, meta=meta, window=window, objective=objective, associated=associated, looked=time.monotonic()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -81,7 +82,9 @@ def _gzip(meta: ImageMeta, slab: Slab, shown: tuple[float, float] | None) -> Ite
 
 def _parts(meta: ImageMeta, header: Any, turn: NDArray[np.float64], slab: Slab) -> Iterator[bytes]:
     """Header and voxels, x fastest: slabs along the axis that is slowest in the file."""
-    yield header.binaryblock + b"\0" * (int(header["vox_offset"]) - len(header.binaryblock))
+    head = io.BytesIO()
+    header.write_to(head)
+    yield head.getvalue()
     slow = int(np.flatnonzero(turn[:, 0] == 2)[0])
     flipped, axis = turn[slow, 1] < 0, 2 - slow
     n = meta.shape_l0[axis]
