@@ -35,7 +35,21 @@ from workers.cam.methods import METHODS
 SLIDE = "procedural:slide?width=512&height=256&seed=1"
 """At 0.5 um and a card of 64 px at 1 um: two rows of four tiles."""
 SERIAL = ("--direct", "--pool", "serial", "--threads", "1")
-COMMANDS = ("inspect", "plan", "explain", "train", "methods", "demo", "schema", "doctor", "export")
+COMMANDS = (
+    "inspect",
+    "plan",
+    "explain",
+    "train",
+    "methods",
+    "demo",
+    "schema",
+    "doctor",
+    "embed",
+    "export",
+    "report",
+    "view",
+    "napari",
+)
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
