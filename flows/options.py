@@ -164,6 +164,14 @@ Threads = Annotated[
 ImageIdStyle = Annotated[
     str, typer.Option("--image-id", help="Name of an image's folder: stem (file name and digest) or hash.")
 ]
+Words = Annotated[
+    int,
+    typer.Option(
+        "--words",
+        help="Rank the layer's channels, for and against each target, over so many tiles that score it highest; named where "
+        "the model card names them. Default: 0, not ranked.",
+    ),
+]
 Exports = Annotated[
     str,
     typer.Option(
@@ -215,7 +223,7 @@ def explain_request(flags: dict[str, Any]) -> ExplainRequest:
 _DEFAULTS: dict[str, Any] = {
     "inside": "all", "features": "", "importance": "hann", "downsample": None, "layer": "", "overlap": 0.0, "edge": "shift", "tissue": "auto",
     "region": "", "mask": "", "batch": 32, "unit": None, "cell_centres": "receptive_field", "precision": "fp32",
-    "allow_upsampling": False, "fresh": False, "retry_failed": False, "strict": False, "image_id": "stem",
+    "allow_upsampling": False, "fresh": False, "retry_failed": False, "words": 0, "strict": False, "image_id": "stem",
 }  # fmt: skip
 """Flag defaults: a value equal to its default is not passed on, so that `plan` can tell what was given."""
 

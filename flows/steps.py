@@ -14,12 +14,14 @@ from flows.first_pass import collect_and_solve, embed_and_attribute, forget_fail
 from flows.progress import Event
 from flows.work import Work
 from schemas.errors import GigacamError, StoreError
+from schemas.evidence import Evidence
 from schemas.image import ImageRequest
 from schemas.run import (
     BlockTask,
     ExplainRequest,
     ImageReport,
     PoolSettings,
+    RankTask,
     UnitTask,
 )
 from workers.attributor import AttributeInit, Attributor
@@ -30,6 +32,7 @@ from workers.planner import Job, Model, plan_image
 from workers.pool import Pool, Stage, Worker
 from workers.provenance import keep_rate, rate_key, versions
 from workers.publisher import drop_derived, finished_report, predictions, publish_heatmap, write_image_report
+from workers.ranker import Ranker
 from workers.readers import open_image
 from workers.reducer import Collector, SolveInit, Solver
 from workers.stitcher import Stitcher, StitchInit
@@ -115,7 +118,9 @@ def _compute(
         forget_failed(tiles, heatmap, bag, sums)
     if heatmap.pending_blocks():
         drop_derived(job.folder)
-    elif earlier := finished_report(job.folder, job.heatmap.run_id):
+    elif (earlier := finished_report(job.folder, job.heatmap.run_id)) and (
+        earlier.evidence or not request.words
+    ):
         # Nothing is left to do: what an earlier run found still holds, its device and flags included.
         provenance = {**earlier.provenance, "tiles_this_run": 0}
         found = {"image": job.request.uri, "output": str(job.folder), "provenance": provenance}
@@ -135,6 +140,8 @@ def _compute(
         seconds["embed+attribute"] = time.perf_counter() - clock
     clock = time.perf_counter()
     run.explain_and_stitch()
+    evidence = run.rank(request.words) if request.words else ()
+    notes += [line for found in evidence for line in found.lines]
     seconds |= {"explain+stitch": time.perf_counter() - clock, **run.seconds}
     clock = time.perf_counter()
     tell(Event(name, "publish"))
@@ -188,6 +195,7 @@ def _compute(
         flags=tiles.flag_counts(),
         states=tuple(states),
         bag=decided,
+        evidence=evidence,
         provenance={
             "tiles_id": job.tiles.tiles_id,
             "run_id": job.heatmap.run_id,
@@ -261,6 +269,7 @@ class Stages:
         self.solve = Stage("solve", Solver, SolveInit(tiles=path, tiles_id=tiles_id, threads=threads), "cpu")
         worker: type[Worker] = InsideExplainer if job.tiles.features else Explainer
         self.explain = Stage("explain", worker, explain, "device")
+        self.rank = Stage("rank", Ranker, explain, "device")
         self.embed = Stage("embed", Embedder, explain, "device")
         self._attribute = AttributeInit(
             tiles=path, tiles_id=tiles_id, model=model.path, encoder="", threads=threads
@@ -305,6 +314,13 @@ class Run(Work):
         self.blocks_lost = False
         self.tiles_computed = 0
         self._began = time.perf_counter()
+
+    def rank(self, tiles: int) -> tuple[Evidence, ...]:
+        """Channels of the layer for and against each target; what goes wrong is noted, as the maps do not hang on it."""
+        (report,) = self.pool.run(self.stages.rank, [RankTask(tiles=tiles)])
+        if report.error:
+            self.notes.append(f"channels are not ranked: {report.error}")
+        return report.evidence
 
     def explain_and_stitch(self) -> None:
         self._stitch(self._order.ready())

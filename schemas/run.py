@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from schemas.bag import AttributeTask, BagReport, InsideSpec
+from schemas.evidence import Evidence
 from schemas.explanation import AskedPrecision, CamSpec, CellGeometry, Reduction, SolvedState
 from schemas.export import ExportReport
 from schemas.frozen import Frozen, digest
@@ -173,6 +174,16 @@ class BlockTask(Frozen):
         return f"level {self.level} block {','.join(map(str, self.block))}"
 
 
+class RankTask(Frozen):
+    """Rank the channels of the explained layer over the tiles that score each target highest."""
+
+    tiles: int = Field(ge=1)
+
+    @property
+    def key(self) -> str:
+        return "channels"
+
+
 class TileFailure(Frozen):
     """A tile that has no map, where it lies, and why."""
 
@@ -186,7 +197,7 @@ class Report(Frozen):
 
     stage: str
     key: str
-    task: UnitTask | BlockTask | GroupTask | SolveTask | AttributeTask | None = None
+    task: UnitTask | BlockTask | GroupTask | SolveTask | AttributeTask | RankTask | None = None
     done: int = 0
     """Tiles computed."""
     failed: int = 0
@@ -202,6 +213,8 @@ class Report(Frozen):
     device: str = ""
     """Kind of device a unit was computed on."""
     notes: tuple[str, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
+    """Of a task that ranks channels."""
 
 
 class PoolSettings(Frozen):
@@ -263,6 +276,8 @@ class ImageReport(Frozen):
     states: tuple[SolvedState, ...] = ()
     """Of the methods that were solved once for the whole image."""
     bag: BagReport | None = None
+    evidence: tuple[Evidence, ...] = ()
+    """Channels that speak for and against each target, where they were asked for."""
     exports: tuple[ExportReport, ...] = ()
     """Made with the image (`--export`)."""
     notes: tuple[str, ...] = ()
@@ -315,6 +330,8 @@ class ExplainRequest(Frozen):
     batch: int = Field(default=32, ge=1)
     unit: int | None = Field(default=None, ge=1)
     """Tiles a task; None: 64 to 256 for slides, by their number of tiles, 8 for volumes."""
+    words: int = Field(default=0, ge=0)
+    """Tiles a target, those that score it highest, over which the layer's channels are ranked; 0: they are not."""
     heatmap: HeatmapSpec = HeatmapSpec()
     allow_upsampling: bool = False
     fresh: bool = False

@@ -72,6 +72,9 @@ def open_model(request: ExplainRequest) -> Model:
     """Load the card and its network once, here, so that a wrong request fails before any image."""
     loaded = load_card(request.model)
     methods, bag_methods = asked_methods(loaded, request)
+    if request.words and loaded.card.bag is not None:
+        msg = f"--words {request.words}: ranks the channels behind a tile's own score; {loaded.card.name!r} scores bags of tiles"
+        raise SpecError(msg)
     ndim = len(loaded.card.input.tile)
     _check_places(request, ndim)
     layer = request.layer or loaded.card.cam.layer

@@ -17,9 +17,9 @@ from typing import Any, Literal, Protocol
 from schemas.bag import AttributeTask
 from schemas.errors import GigacamError, WorkerLostError
 from schemas.frozen import Frozen, digest
-from schemas.run import BlockTask, GroupTask, PoolSettings, Report, SolveTask, UnitTask
+from schemas.run import BlockTask, GroupTask, PoolSettings, RankTask, Report, SolveTask, UnitTask
 
-Task = UnitTask | BlockTask | GroupTask | SolveTask | AttributeTask
+Task = UnitTask | BlockTask | GroupTask | SolveTask | AttributeTask | RankTask
 
 TRANSIENT_ATTEMPTS = 3
 """Tries of a task that meets an OSError or a retryable error of ours."""

@@ -39,28 +39,28 @@ def test_importance_is_grad_cams_weight() -> None:
 
 def test_ranking_and_text() -> None:
     weights = torch.tensor([[3.0, -1, 0, 5, -4, 1], [1.0, -1, 0, 1, -2, 1]])
-    found = evidence(weights, {3: NUCLEI}, n=2)
+    found = evidence("tumour", weights, {3: NUCLEI}, n=2)
     assert [(n.channel, n.importance) for n in found.supports] == [(3, 3.0), (0, 2.0)]
     assert [(n.channel, n.importance) for n in found.opposes] == [(4, -3.0), (1, -1.0)]
-    assert found.text("tumour") == (
-        "evidence for tumour: lymphocyte nuclei (unit 3, score 0.11, IoU, network dissection, PanNuke) +3; unit 0 +2\n"
-        "evidence against tumour (their absence would help): unit 4 -3; unit 1 -1"
+    assert found.lines == (
+        "evidence for tumour: lymphocyte nuclei (unit 3, score 0.11, IoU, network dissection, PanNuke) +3; unit 0 +2",
+        "evidence against tumour (their absence would help): unit 4 -3; unit 1 -1",
     )
-    every = evidence(weights)
+    every = evidence("it", weights)
     assert [n.channel for n in every.supports] == [3, 0, 5]
     assert [n.channel for n in every.opposes] == [4, 1], "a channel of importance 0 is neither"
-    assert str(evidence(torch.eye(500)[417:418]).supports[0]) == "unit 417"
-    assert evidence(-torch.ones(1, 2)).text("it").startswith("evidence for it: none\n")
-    assert len(evidence(torch.arange(1.0, 9).view(1, 8)).supports) == 5
+    assert str(evidence("it", torch.eye(500)[417:418]).supports[0]) == "unit 417"
+    assert evidence("it", -torch.ones(1, 2)).lines[0] == "evidence for it: none"
+    assert len(evidence("it", torch.arange(1.0, 9).view(1, 8)).supports) == 5
 
 
 def test_tiles_that_are_not_finite_are_left_out() -> None:
     weights = torch.tensor([[1.0, 2], [torch.nan, 9], [3, 2]])
-    assert [(n.channel, n.importance) for n in evidence(weights).supports] == [(0, 2.0), (1, 2.0)]
+    assert [(n.channel, n.importance) for n in evidence("it", weights).supports] == [(0, 2.0), (1, 2.0)]
     with pytest.raises(SpecError, match="none of 1 tiles"):
-        evidence(weights[1:2])
+        evidence("it", weights[1:2])
     with pytest.raises(SpecError, match=r"channel 7, but the layer has 2"):
-        evidence(weights, {7: NUCLEI})
+        evidence("it", weights, {7: NUCLEI})
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])
@@ -68,7 +68,7 @@ def test_behind_a_linear_head_a_channel_is_worth_what_its_map_says(ndim: int) ->
     net, x = HookedNet(conv_net(ndim, head="gap"), "relu"), tiles(ndim)
     for target in (one(0), torch.tensor([[1.0, -1, 0]])):
         view = view_of(net, x, target)
-        ranked = evidence(importance(view))
+        ranked = evidence("it", importance(view))
         for neurons, sign in ((ranked.supports, -1), (ranked.opposes, 1)):
             channels = [n.channel for n in neurons]
             assert channels
@@ -83,7 +83,7 @@ def test_taking_supporting_channels_away_lowers_the_target_behind_any_head() -> 
     """No closed form here; but on average over tiles the ranking's first channel must not be worth less than none."""
     net, x = HookedNet(conv_net(2), "relu"), tiles(2, batch=8)
     view = view_of(net, x, one(2))
-    first = evidence(importance(view), n=1)
+    first = evidence("it", importance(view), n=1)
     assert (
         without(view, [first.supports[0].channel]).mean()
         < 0

@@ -8,47 +8,14 @@ without one is shown by its number.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from schemas.errors import SpecError
+from schemas.evidence import Evidence, Neuron
 from schemas.model import CamLayer, ChannelName
 from workers.cam.view import View
-
-
-@dataclass(frozen=True)
-class Neuron:
-    """A channel and what it weighs."""
-
-    channel: int
-    importance: float
-    name: ChannelName | None = None
-
-    def __str__(self) -> str:
-        if self.name is None:
-            return f"unit {self.channel}"
-        return f"{self.name.name} (unit {self.channel}, score {self.name.score:g}, {self.name.provenance})"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The channels that weigh most, strongest first."""
-
-    supports: tuple[Neuron, ...]
-    opposes: tuple[Neuron, ...]
-
-    def text(self, target: str) -> str:
-        """Two lines to read."""
-        return (
-            f"evidence for {target}: {_listed(self.supports)}\n"
-            f"evidence against {target} (their absence would help): {_listed(self.opposes)}"
-        )
-
-
-def _listed(neurons: Sequence[Neuron]) -> str:
-    return "; ".join(f"{n} {n.importance:+.3g}" for n in neurons) or "none"
 
 
 def importance(view: View) -> Tensor:
@@ -61,11 +28,15 @@ def names_of(cam: CamLayer, layer: str) -> Mapping[int, ChannelName]:
     return cam.channels if layer == cam.layer else {}
 
 
-def evidence(weights: Tensor, names: Mapping[int, ChannelName] | None = None, n: int = 5) -> Evidence:
+def evidence(
+    target: str, weights: Tensor, names: Mapping[int, ChannelName] | None = None, n: int = 5
+) -> Evidence:
     """Rank channels.
 
     Parameters
     ----------
+    target
+        Its name.
     weights
         `(N, K)` importance of each channel in N tiles, of which the mean is taken; tiles that are not finite are left out.
     names
@@ -92,9 +63,11 @@ def evidence(weights: Tensor, names: Mapping[int, ChannelName] | None = None, n:
     values = mean.tolist()
 
     def neurons(channels: Sequence[int]) -> tuple[Neuron, ...]:
-        return tuple(Neuron(k, values[k], names.get(k)) for k in channels[:n])
+        return tuple(Neuron(channel=k, importance=values[k], name=names.get(k)) for k in channels[:n])
 
     return Evidence(
+        target=target,
+        tiles=int(finite.sum()),
         supports=neurons([k for k in order if values[k] > 0]),
         opposes=neurons([k for k in reversed(order) if values[k] < 0]),
     )
