@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from matplotlib.figure import Figure
 from pydicom.config import disable_value_validation
 from scipy.spatial.transform import Rotation
 
@@ -38,6 +39,13 @@ def unchecked() -> Any:
     """The sources break rules of their own, such as the length of a UID."""
     with disable_value_validation():
         yield
+
+
+@pytest.fixture(autouse=True)
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the tests that look at the overview draw it in full."""
+    if "px_by_px" not in request.node.name:
+        monkeypatch.setattr(parametric_map, "overview_figure", lambda *_: Figure(figsize=(1, 1)))
 
 
 def heat(shape_l0: tuple[int, ...], downsample: int, hot: tuple[int, ...]) -> np.ndarray:

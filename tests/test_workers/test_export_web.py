@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
+import jsonschema
 import neuroglancer
 import nibabel as nib
 import numpy as np
@@ -23,22 +25,25 @@ from workers.export.figure import colours
 from workers.export.layers import colour_map, heat_layers, show, source_layer
 from workers.export.targets import EXPORTS, run_export
 from workers.readers.reader import Reader
+from workers.stitching import grid as grids
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 SLIDE = "procedural:slide?width=2411&height=1803&seed=1"
 URL = "http://127.0.0.1:8000/raw/0/"
 HOT = (100, 31)
 DOWNSAMPLE = 8
 
 
-@pytest.fixture
-def slide(tmp_path: Path) -> ExportContext:
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> ExportContext:
+    """Two channels, three levels."""
     values = np.zeros((2, *heat_grid((1803, 2411), DOWNSAMPLE)), np.float32)
     values[:, :3] = np.nan
     values[(slice(None), *HOT)] = 9
     channels = [SIGNED, UNSIGNED]
-    return made_context(
-        tmp_path / "image", SLIDE, DOWNSAMPLE, values, channels=channels, options={"url": URL}
-    )
+    folder = tmp_path_factory.mktemp("slide") / "image"
+    with patch.dict(grids.CHUNK, {2: 128}), patch.dict(grids.SHARD, {2: 256}):
+        return made_context(folder, SLIDE, DOWNSAMPLE, values, channels=channels, options={"url": URL})
 
 
 def oblique(tmp_path: Path) -> Path:
@@ -75,6 +80,7 @@ def test_neuroglancers_client_takes_the_state(slide: ExportContext) -> None:
 def test_vitessce_is_told_where_the_corner_is(slide: ExportContext) -> None:
     (path,) = run_export(EXPORTS["vitessce"], slide)
     said = json.loads(path.read_text())
+    jsonschema.validate(said, json.loads((DATA / "vitessce-1.0.17.schema.json").read_text()))
     (file,) = said["datasets"][0]["files"]
     assert file["url"] == f"{URL}image/heatmap.ome.zarr"
     back = file["options"]["coordinateTransformations"][0]["translation"]
@@ -167,6 +173,7 @@ def test_napari_layers_of_an_oblique_volume_lie_in_the_patient(tmp_path: Path) -
         np.testing.assert_allclose(world(layers[-1][1], centre), expected)
         np.testing.assert_array_equal(layers[-1][0].compute(), cast("Any", nib.load(path)).get_fdata().T)
     assert layers[0][1]["units"] == ("mm",) * 3
+    assert layers[0][0].shape == (5, 5, 6), "one level is no pyramid"
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -184,10 +191,21 @@ def test_napari_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         show([], "")
 
 
+@pytest.mark.filterwarnings("ignore")  # napari's own
 def test_napari_takes_the_layers(slide: ExportContext) -> None:
     layers = pytest.importorskip("napari.layers", reason="napari is an optional extra")
-    for given in heat_layers(slide):
-        made = layers.Layer.create(*given)
-        planted = [((h + 0.5) * DOWNSAMPLE - 0.5) * s for h, s in zip(HOT, slide.info.spacing, strict=True)]
-        np.testing.assert_allclose(made.data_to_world(HOT), planted)
-        assert made.get_value(planted, world=True) is not None
+    planted = [((h + 0.5) * DOWNSAMPLE - 0.5) * s for h, s in zip(HOT, slide.info.spacing, strict=True)]
+    with slide.source() as reader:
+        *heat, coverage = [layers.Layer.create(*given) for given in heat_layers(slide)]
+        assert [level.shape for level in heat[0].data] == [(226, 302), (113, 151), (57, 76)][
+            : len(heat[0].data)
+        ]
+        image = layers.Layer.create(*source_layer(reader, "slide"))
+        np.testing.assert_allclose(image.data_to_world([(h + 0.5) * DOWNSAMPLE - 0.5 for h in HOT]), planted)
+        for made in heat:
+            np.testing.assert_allclose(made.data_to_world(HOT), planted)
+            at = tuple(round(v) for v in made.world_to_data(planted))
+            assert np.asarray(made.data[0][at]) == 9
+            assert made.colormap.map(np.array([np.nan, 1.0]))[:, 3].round(2).tolist() == [0, 0.85]
+        assert np.asarray(coverage.data[0][HOT]) == 1
+        assert {layer.units for layer in (image, *heat, coverage)} == {image.units}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 from unittest.mock import patch
 
@@ -68,13 +67,11 @@ def test_ome_zarr_py(made: tuple[HeatmapStore, tuple[int, ...]]) -> None:
     assert any("labels/coverage" in str(label) for label in labels)
 
 
+@pytest.mark.filterwarnings("ignore")  # napari's own
 def test_napari_ome_zarr(made: tuple[HeatmapStore, tuple[int, ...]]) -> None:
     plugin = pytest.importorskip("napari_ome_zarr", reason="a plugin of napari, an optional extra")
     store, hot = made
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        read = plugin.napari_get_reader(str(store.path))
-        image, coverage = read(str(store.path))
+    image, coverage = plugin.napari_get_reader(str(store.path))(str(store.path))
     data, arguments, kind = image
     assert (kind, coverage[2]) == ("image", "labels")
     index = np.argwhere(np.asarray(data[0][0]) > 0)[0]

@@ -54,7 +54,7 @@ def heat_layers(context: ExportContext) -> list[LayerData]:
         window = display_window(heatmap, channel, 0)
         layers.append(
             (
-                [heatmap.as_dask(level, channel) for level in levels],
+                pyramid([heatmap.as_dask(level, channel) for level in levels]),
                 {
                     "name": row.label,
                     "colormap": colour_map(row.signed),
@@ -62,7 +62,6 @@ def heat_layers(context: ExportContext) -> list[LayerData]:
                     "blending": "translucent_no_depth",
                     "interpolation2d": "nearest",
                     "visible": i == 0,
-                    "multiscale": True,
                     "metadata": {"gigacam": statement.facts(context, [channel])},
                     **where,
                 },
@@ -74,12 +73,11 @@ def heat_layers(context: ExportContext) -> list[LayerData]:
     ]
     layers.append(
         (
-            coverage,
+            pyramid(coverage),
             {
                 "name": "coverage: why there is no value",
                 "colormap": _COVERAGE_RGBA,
                 "visible": False,
-                "multiscale": True,
                 **where,
             },
             "labels",
@@ -102,12 +100,17 @@ def source_layer(reader: Reader, name: str) -> LayerData:
     data = [_lazy(reader, factor, lock) for factor in factors]
     arguments: dict[str, Any] = {"name": name, "blending": "translucent_no_depth"}
     if meta.kind == "slide":
-        arguments |= {"rgb": True, "multiscale": True}
+        arguments |= {"rgb": True}
     else:
         arguments |= {"colormap": "gray"}
     spacing = meta.spacing or (1.0,) * meta.ndim
     arguments |= _placement(meta, spacing, (1,) * meta.ndim)
-    return (data if meta.kind == "slide" else data[0]), arguments, "image"
+    return pyramid(data), arguments, "image"
+
+
+def pyramid(levels: list[da.Array]) -> Any:
+    """What napari takes for a pyramid: a list of at least two, else the one array."""
+    return levels if len(levels) > 1 else levels[0]
 
 
 def colour_map(signed: bool) -> dict[str, Any]:
