@@ -52,7 +52,7 @@ class Placed:
 
 
 def features_path(asked: str, uri: str) -> Path:
-    """Features of an image: `asked` itself, a file or an embedded image's `tiles.zarr`, or the one in it named like the image.
+    """Features of an image: `asked` itself, a file or an embedded image's output, or the one in it that is named like the image.
 
     Raises
     ------
@@ -62,6 +62,8 @@ def features_path(asked: str, uri: str) -> Path:
     path = Path(asked).expanduser().absolute()
     if not path.is_dir() or path.name == STORE:
         return path
+    if (path / STORE).is_dir():
+        return path / STORE
     stem = stem_of(Path(uri.partition("?")[0]).name)
     found = [p for suffix in SUFFIXES if (p := path / f"{stem}{suffix}").exists()]
     found += sorted(path.glob(f"{stem}-{'[0-9a-f]' * 8}/{STORE}"))

@@ -18,7 +18,7 @@ from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport
 from schemas.training import TrainReport
 from tests.test_flows.networks import write_bag_card, write_encoder_card, write_factory_card
 from tests.test_flows.runs import explain, heatmap_of, ignore, stored_bytes, tiles_of, values_of
-from tests.test_flows.test_mil import DAMAGED, assert_same_stores, bag_of, folder_of
+from tests.test_flows.test_mil import assert_same_stores, bag_of, folder_of
 from workers.embedder import Embedder
 from workers.export.overview import overview_figure
 from workers.models.card import load_card
@@ -27,6 +27,7 @@ from workers.readers import open_image
 from workers.readers.features import ENCODER, read_features
 from workers.store.bags import Bag
 
+DAMAGED = Path(__file__).parents[1] / "data" / "slides_bad" / "CMU-1-Small-Region.one-bad-tile.svs"
 SLIDE = "procedural:slide?width=1020&height=765&tissue=0.5&seed=7"
 ASKED: dict[str, Any] = {
     "bag_methods": ("attention", "contribution"), "methods": ("hirescam",), "unit": 5, "batch": 2, "tissue": "none",
@@ -205,7 +206,7 @@ def test_an_encoder_alone_is_embedded_trained_on_and_explained(
 
     monkeypatch.setattr(Embedder, "run", refuse)
     uri = info["image"]["uri"]
-    report = explain(uri, str(trained.path), tmp_path / "maps", features=str(stores[0]), tissue="none")
+    report = explain(uri, str(trained.path), tmp_path / "maps", features=str(stores[0].parent), tissue="none")
     image = report.images[0]
     assert image.status == "complete"
     assert image.bag is not None

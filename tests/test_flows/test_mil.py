@@ -35,7 +35,6 @@ ASKED: dict[str, Any] = {
     "tissue": "none",
     "heatmap": HeatmapSpec(downsample=16),
 }
-DAMAGED = Path(__file__).parents[1] / "data" / "slides_bad" / "CMU-1-Small-Region.one-bad-tile.svs"
 STORES = ("tiles.zarr", "heatmap.ome.zarr")
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -332,34 +331,6 @@ def test_features_made_elsewhere_are_explained(tmp_path: Path, card: str, serial
     np.testing.assert_allclose(bag_of(report).features(rows), bag_of(serial).features(rows), rtol=1e-3)
     maps, whole = (tiles_of(r).maps_of("hirescam", 1, rows) for r in (report, serial))
     np.testing.assert_allclose(maps, whole, atol=1e-2 * np.abs(whole).max())
-
-
-def test_a_damaged_real_slide_and_its_features_in_a_file(tmp_path: Path, card: str) -> None:
-    """The tiles that touch the damage are in no bag; written to a file and read again, the bag decides the same bits."""
-    asked = {**ASKED, "inside": InsideSpec.parse("none"), "unit": 64, "batch": 32}
-    report = explain(str(DAMAGED), card, tmp_path / "a", **asked)
-    image, tiles = report.images[0], tiles_of(report)
-    assert image.status == "gaps"
-    assert [f.tile for f in image.failures] == [48, 49, 57, 58]
-    assert all("Not a JPEG file" in f.reason for f in image.failures)
-    assert image.bag is not None
-    assert image.bag.tiles == tiles.info.planned - 4
-    path = tmp_path / "features" / f"{DAMAGED.stem}.h5"
-    path.parent.mkdir()
-    rows = bag_of(report).rows()
-    with h5py.File(path, "w") as file:
-        file["features"] = bag_of(report).features(rows)[None]
-        file["coords"] = tiles.boxes(rows)[:, 0, ::-1]
-        file["coords"].attrs["patch_size_level0"] = tiles.info.lattice.tile_l0[0]
-    again = explain(str(DAMAGED), card, tmp_path / "b", features=str(path.parent), **asked)
-    assert again.images[0].status == "complete"
-    assert again.images[0].bag is not None
-    assert again.images[0].bag.logits == image.bag.logits
-    for method in ASKED["bag_methods"]:
-        one, other = bag_of(report), bag_of(again)
-        np.testing.assert_array_equal(
-            one.relevance(method, 1, rows), other.relevance(method, 1, np.arange(len(rows)))
-        )
 
 
 BAD_FEATURES = [

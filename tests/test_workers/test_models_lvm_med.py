@@ -22,6 +22,7 @@ from workers.cam.head import linear_head
 from workers.cam.targets import resolve
 from workers.models.checkpoint import load_weights
 from workers.models.cnn import load_model
+from workers.models.facts import model_facts
 from workers.models.lvm_med import lvm_med, lvm_med_names
 from workers.models.sam import SamEncoder
 
@@ -213,6 +214,11 @@ def test_the_vit_in_the_forms_it_is_found_in(tmp_path: Path, form: str) -> None:
     (target,) = resolve(["2"], model.card.output, 8)
     sums = explain(model.net, tiles(), [target], ["hirescam"]).maps["hirescam"].sum((1, 2, 3))
     torch.testing.assert_close(sums, model.scores(tiles())[:, 2])
+    facts = model_facts(
+        card(tmp_path, network, layer="features", kind="embedding"), "features", ["2"], tile=TILE
+    )
+    assert "non-commercial research" in facts.notes[0]
+    assert "the card says: CC0" in facts.notes[0]
     # a block of it, whose output lies as (tiles, *grid, channels)
     said = card(tmp_path, network, kind="embedding")
     cam = CamLayer(layer="blocks.2", layout="channels_last")

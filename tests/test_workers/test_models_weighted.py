@@ -122,11 +122,13 @@ def test_a_network_is_weighed_and_folded_under_its_own_names() -> None:
     assert isinstance(weighed.get_submodule("body"), WeightedConv2d)
     after = weighed(tiles(2))
     assert (after - before).abs().max() > 1e-3
-    expected = explain(HookedNet(weighed, "relu"), tiles(2), classes(3), ["gradcam", "hirescam", "layercam"])
+    expected = explain(
+        HookedNet(weighed, "relu"), tiles(2), classes(3), ["gradcam", "hirescam", "layercam", "lrp"]
+    )
     plain = folded(weighed)
     assert list(plain.state_dict()) == names
     torch.testing.assert_close(plain(tiles(2)), after)
-    found = explain(HookedNet(plain, "relu"), tiles(2), classes(3), [*EVERYWHERE, "lrp"])
+    found = explain(HookedNet(plain, "relu"), tiles(2), classes(3), [*EVERYWHERE, "lrp", "normgrad"])
     for name, maps in expected.maps.items():
         torch.testing.assert_close(found.maps[name], maps)
     with pytest.raises(ModelError, match="no convolution of kernel 5"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from schemas.errors import StoreError
+from schemas.errors import SpecError, StoreError
 from workers.readers.features import ENCODER, TILE
 from workers.store.bags import Bag
 from workers.store.tiles import TilesStore
@@ -33,10 +33,15 @@ def write_features(folder: Path, tiles: TilesStore) -> Path:
 
     Raises
     ------
+    SpecError
+        Positions in such a file are those of a slide, and this is a volume.
     StoreError
         Some are not; or the file is there and is not of this image.
     """
     info = tiles.info
+    if info.image.kind != "slide":
+        msg = f"{info.image.uri}: --h5 files hold positions on a slide, this is a volume; its features are in {tiles.path}"
+        raise SpecError(msg)
     bag = Bag(tiles.path, info)
     rows = bag.rows()
     path = folder / f"{info.image.stem}.h5"
