@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -81,11 +82,13 @@ def bare(slide: str, model: str, boxes: str, threads: int, part: int, parts: int
     import torch
 
     from schemas.geometry import Box
+    from workers.allocator import keep_freed_memory
     from workers.models.card import load_card
     from workers.models.cnn import load_model
     from workers.readers import open_image
 
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the path's workers do: what is compared is the path
     adapter = load_model(load_card(model))
     network = adapter.net.module
     every = np.load(boxes)
@@ -155,6 +158,81 @@ def path(
     }
 
 
+def actors(gate: Any, answer: Any, slide: str, model: str, out: str, overlap: float) -> None:
+    """Explain the slide on one one-thread actor, then on two, each time the gate says so; all started beforehand.
+
+    Both pools stay alive and idle ones wait on Ray, so that what is timed is an image from plan to report, no start-up.
+    """
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+    from flows.settings import quiet_environment
+
+    quiet_environment()
+    from flows.steps import explain_image
+    from schemas.image import ImageRequest
+    from schemas.run import ExplainRequest, PoolSettings
+    from workers.planner import open_model
+    from workers.ray_pool import RayPool, start_ray, stop_ray
+
+    start_ray(cpus=3)
+    pools = {}
+    request = ExplainRequest(images=(slide,), model=model, out=out, overlap=overlap, batch=BATCH)
+    loaded = open_model(request)
+    for count in (1, 2):
+        settings = PoolSettings(kind="ray", workers=count, threads=1)
+        pools[count] = RayPool(settings), settings
+    for turn in itertools.count():
+        count = 1 if turn < 1 else 2 if turn < 2 else gate.get()
+        if not count:
+            break
+        pool, settings = pools[count]
+        image = ImageRequest(uri=SPECK if turn < 2 else slide)
+        asked = request.model_copy(update={"out": f"{out}/{turn}"})
+        began = time.perf_counter()
+        report = explain_image(image, asked, loaded, pool, settings, Silent())
+        assert report.status == "complete", report.error
+        answer.put(time.perf_counter() - began)
+    for pool, _ in pools.values():
+        pool.close()
+    stop_ray()
+
+
+def scaling(folder: Path, slide: str, model: str, boxes: str, overlap: float, rounds: int) -> None:
+    """Print what a second process gains, bare and as an actor, in turn on the same slide."""
+    context = mp.get_context("spawn")
+    gate, answer = context.Queue(), context.Queue()
+    out = tempfile.mkdtemp(prefix="out-", dir=folder)
+    driver = context.Process(target=actors, args=(gate, answer, slide, model, out, overlap))
+    driver.start()
+    for _ in range(2):
+        answer.get()
+    found = []
+    for _ in range(rounds):
+        seconds = {}
+        for count in (1, 2):
+            calls = [(bare, (slide, model, boxes, 1, part, count)) for part in range(count)]
+            seconds[f"bare {count}"] = max(r["seconds"] for r in together(calls))
+            gate.put(count)
+            seconds[f"actors {count}"] = answer.get()
+        found.append(seconds)
+        print("  " + "  ".join(f"{name} {s:.1f} s" for name, s in seconds.items()), flush=True)
+    gate.put(0)
+    driver.join()
+    fastest = {key: min(seconds[key] for seconds in found) for key in found[0]}
+    gains = [_gains(seconds) for seconds in found]
+    best = _gains({key: min(seconds[key] for seconds in found) for key in found[0]})
+    for name in best:
+        values = [gain[name] for gain in gains]
+        spread = ", ".join(f"{v:.3f}" for v in values)
+        print(
+            f"scaling, {name:26}{statistics.median(values):.3f}  ({spread}); of the fastest {best[name]:.3f}"
+        )
+
+
+def _gains(seconds: dict[str, float]) -> dict[str, float]:
+    gained = {who: seconds[f"{who} 1"] / seconds[f"{who} 2"] for who in ("bare", "actors")}
+    return gained | {"actors / bare  (>= 0.93)": gained["actors"] / gained["bare"]}
+
+
 def in_process(target: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """Run in a fresh process; adds its peak memory and that of its children."""
     return together([(target, args)])[0]
@@ -201,6 +279,7 @@ def main() -> None:
     parser.add_argument("--overlap", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", default="", help="folder to make the inputs in, and keep")
+    parser.add_argument("--part", choices=("all", "overhead", "scaling"), default="all")
     parser.add_argument("--json", default="", help="file for the raw figures")
     args = parser.parse_args()
     folder = Path(args.keep or tempfile.mkdtemp(prefix="gigacam-bench-"))
@@ -213,10 +292,13 @@ def main() -> None:
         f"{count:.0f} tissue tiles of {TILE} px; {cores} cores, Python {platform.python_version()}",
         flush=True,
     )
-    rounds = [_round(folder, slide, model, boxes, cores, args.overlap) for _ in range(args.rounds)]
-    report(rounds, count)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rounds, indent=2))
+    if args.part != "scaling":
+        rounds = [_round(folder, slide, model, boxes, cores, args.overlap) for _ in range(args.rounds)]
+        report(rounds, count)
+        if args.json:
+            Path(args.json).write_text(json.dumps(rounds, indent=2))
+    if args.part != "overhead":
+        scaling(folder, slide, model, boxes, args.overlap, args.rounds)
     if not args.keep:
         shutil.rmtree(folder)
 
@@ -241,21 +323,9 @@ def _round(folder: Path, slide: str, model: str, boxes: str, cores: int, overlap
         "bare": in_process(bare, slide, model, boxes, cores, 0, 1),
         "serial": in_process(path, slide, model, out(), "serial", 1, cores, overlap),
         "ray": in_process(path, slide, model, out(), "ray", 1, cores, overlap),
-        "bare_one": in_process(bare, slide, model, boxes, 1, 0, 1),
-        "bare_two": max(
-            together([(bare, (slide, model, boxes, 1, part, 2)) for part in range(2)]),
-            key=lambda r: float(r["seconds"]),
-        ),
-        "ray_one": in_process(path, slide, model, out(), "ray", 1, 1, overlap),
-        "ray_two": in_process(path, slide, model, out(), "ray", 2, 1, overlap),
     }
     print("  " + "  ".join(f"{name} {r['seconds']:.1f} s" for name, r in found.items()), flush=True)
     return found
-
-
-def _net(figures: dict[str, Any]) -> float:
-    """Seconds of a run on Ray without its start-up."""
-    return float(figures["seconds"] - figures["actors"])
 
 
 def report(rounds: list[dict[str, Any]], tiles: float) -> None:
@@ -273,14 +343,6 @@ def report(rounds: list[dict[str, Any]], tiles: float) -> None:
         "the same less start-up  (<= 1.35)": [
             (r["ray"]["seconds"] - r["ray"]["actors"]) / r["bare"]["seconds"] for r in rounds
         ],
-        "scaling of two bare processes": [
-            r["bare_one"]["seconds"] / r["bare_two"]["seconds"] for r in rounds
-        ],
-        "scaling of two actors": [_net(r["ray_one"]) / _net(r["ray_two"]) for r in rounds],
-        "actors / bare scaling  (>= 0.93)": [
-            _net(r["ray_one"]) / _net(r["ray_two"]) * r["bare_two"]["seconds"] / r["bare_one"]["seconds"]
-            for r in rounds
-        ],
     }
     print()
     for name, values in ratios.items():
@@ -291,7 +353,7 @@ def report(rounds: list[dict[str, Any]], tiles: float) -> None:
         ("start-up of a further run", "actors"),
     ):
         print(f"{what:44}{statistics.median(r['ray'][key] for r in rounds):.1f} s")
-    for name in ("serial", "ray", "ray_two"):
+    for name in ("serial", "ray"):
         stages = rounds[-1][name]["stages"]
         print(f"\n{name}, stage by stage (last round; parts are summed over workers):")
         for stage, seconds in sorted(stages.items()):
