@@ -217,7 +217,6 @@ def scaling(folder: Path, slide: str, model: str, boxes: str, overlap: float, ro
         print("  " + "  ".join(f"{name} {s:.1f} s" for name, s in seconds.items()), flush=True)
     gate.put(0)
     driver.join()
-    fastest = {key: min(seconds[key] for seconds in found) for key in found[0]}
     gains = [_gains(seconds) for seconds in found]
     best = _gains({key: min(seconds[key] for seconds in found) for key in found[0]})
     for name in best:
