@@ -175,11 +175,12 @@ def test_keys_that_contradict_the_adapter(network: dict[str, Any], complaint: st
 # timm and transformers
 
 # Not in the test extra: MONAI imports transformers where it is installed, which takes seconds.
-EXTRA = "an extra that is not there; to run this: pip install -c deploy/constraints.txt"
-needs_timm = pytest.mark.skipif(
-    find_spec("timm") is None or find_spec("torchvision") is None, reason=f"{EXTRA} timm huggingface-hub"
+EXTRAS = (
+    "extras that are not there; to run this: pip install -c deploy/constraints.txt transformers && "
+    "pip install --no-deps -c deploy/constraints.txt timm torchvision==0.28.0"
 )
-needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason=f"{EXTRA} transformers")
+needs_timm = pytest.mark.skipif(find_spec("timm") is None or find_spec("torchvision") is None, reason=EXTRAS)
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason=EXTRAS)
 VIT = {"img_size": list(TILE), "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
 HF: dict[str, Any] = {
     "image_size": [40, 56], "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
