@@ -31,9 +31,9 @@ from workers.store.tops import TopTile
 
 MAP_PX = 900
 """Longest side of a picture of a whole slide."""
-TILE_PX = 224
+TILE_PX = 192
 """Longest side of a picture of a tile."""
-JPEG_QUALITY = 82
+JPEG_QUALITY = 80
 BLANK = 236
 """Grey drawn in place of a source that is not there."""
 BAR_PX = 256
