@@ -127,7 +127,13 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = DPI) ->
     """Write as PNG; the same figure gives the same bytes, and no reader sees half of it."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=dpi, metadata={"Software": None, "Description": INTENDED_USE})
+    figure.savefig(
+        part,
+        format="png",
+        dpi=dpi,
+        metadata={"Software": None, "Description": INTENDED_USE},
+        pil_kwargs={"compress_level": 3},  # a third of the time of 6, for a file a tenth larger
+    )
     os.replace(part, path)
 
 
