@@ -41,10 +41,8 @@ from workers.store.values import spreads
 
 BAD = Path(__file__).parents[1] / "data" / "slides_bad" / "CMU-1-Small-Region.one-bad-tile.svs"
 SCRIPT = "<script>alert(1)</script>"
-METHOD_TABLES: Any = (
-    {name: row.info for name, row in METHODS.items()},
-    {name: row.info for name, row in BAG_METHODS.items()},
-)
+TILE_METHODS = {name: row.info for name, row in METHODS.items()}
+OF_BAGS = {name: row.info for name, row in BAG_METHODS.items()}
 
 
 class Page(HTMLParser):
@@ -91,7 +89,7 @@ class Page(HTMLParser):
 
     @property
     def pictures(self) -> list[Image.Image]:
-        found = []
+        found: list[Image.Image] = []
         for tag, values in self.tags:
             uri = values.get("href" if tag == "image" else "src", "") if tag in ("image", "img") else ""
             if uri:
@@ -274,7 +272,7 @@ def test_a_run_lists_what_needs_attention_first(pages: dict[str, Page], runs: Pa
 
 
 def write(folder: Path, name: str, report: ImageReport) -> Page:
-    return Page(write_image_page(folder, name, report, *METHOD_TABLES, top=1))
+    return Page(write_image_page(folder, name, report, TILE_METHODS, OF_BAGS, top=1))
 
 
 def test_nothing_in_a_name_or_a_message_is_markup(runs: Path, tmp_path: Path) -> None:
@@ -456,11 +454,11 @@ def test_heat_lies_on_the_pixels_it_belongs_to(tmp_path: Path) -> None:
     heat[44:50, 102:108] = 5
     store = made_heatmap(tmp_path / "h.ome.zarr", reader.meta, 8, heat[None])
     pictures = SlidePictures(reader.meta, store, cast("Any", reader))
-    box = Box(frame="l0", start=(301, 700), stop=(525, 924))
+    box = Box(frame="l0", start=(301, 700), stop=(493, 892))
     top = TopTile(0, 5.0, box, (376.0, 840.0))
     ((plain, heated),) = pictures.tile(0, top)
     (whole,), (under,) = pictures.whole(), pictures.under_heat(0, [top])
-    assert plain.size == (112.0, 112.0)
+    assert plain.size == (96.0, 96.0)
     for panel, hot, corner, scale in ((plain, False, box.start, 1.0), (heated, True, box.start, 1.0),
                                       (whole, False, (0, 0), 2.0), (under, True, (0, 0), 2.0)):  # fmt: skip
         found = picture_of(panel.uri)
@@ -469,7 +467,7 @@ def test_heat_lies_on_the_pixels_it_belongs_to(tmp_path: Path) -> None:
         np.testing.assert_allclose(centre, (376, 840), atol=2.0)
         assert mark.sum() * scale**2 == pytest.approx(48 * 48, rel=0.15)
     ((_, x, y, width, height),) = under.marks
-    np.testing.assert_allclose((y, x, height, width), np.array([301, 700, 224, 224]) / 2)
+    np.testing.assert_allclose((y, x, height, width), np.array([301, 700, 192, 192]) / 2)
     values, codes = heat_at(store, 0, [np.array([399.5, 400.5, -1.0]), np.array([816.0, 1002.9, 1004.0])])
     assert values[0, 0] == 5
     assert values[1, 0] == 0
