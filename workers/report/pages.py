@@ -11,7 +11,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from workers.export import words
 from workers.report.facts import place, words_of
 
-
 _PAGES = Environment(
     loader=PackageLoader("workers.report"),
     autoescape=True,
