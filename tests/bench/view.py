@@ -126,8 +126,14 @@ def viewport(image_id: str, level: int, y: int, x: int, levels: int) -> list[str
     return paths
 
 
-def first_paint(port: int, image_id: str) -> float:
-    """Seconds from nothing to all that a browser needs to draw the whole slide under heat, six connections at a time."""
+def cpu(process: psutil.Process) -> float:
+    """Seconds of CPU that the server has used."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def first_paint(port: int, image_id: str) -> tuple[int, float]:
+    """How many tiles, and seconds from nothing to all that a browser needs to draw the whole slide under heat, six connections at a time."""
     began = time.perf_counter()
     one = Client(port)
     one.get("/api/images")
@@ -167,8 +173,7 @@ def first_paint(port: int, image_id: str) -> float:
         thread.start()
     for thread in threads:
         thread.join()
-    print(f"first paint: {len(paths)} tiles", flush=True)
-    return time.perf_counter() - began
+    return len(paths), time.perf_counter() - began
 
 
 def steady(port: int, paths: list[str], clients: int, rate: float, seconds: float) -> list[float]:
@@ -211,8 +216,13 @@ def main() -> None:
         print(f"made the heatmap in {time.perf_counter() - began:.1f} s", flush=True)
         image_id, levels = folder.name, 18
         with viewer(Path(scratch)) as (port, process):
-            print(f"first paint in {first_paint(port, image_id):.2f} s, server just started", flush=True)
-            print(f"first paint again in {first_paint(port, image_id):.2f} s", flush=True)
+            for what in ("server just started", "again"):
+                spent = cpu(process)
+                tiles, seconds = first_paint(port, image_id)
+                print(
+                    f"first paint, {what}: {tiles} tiles in {seconds:.2f} s, {cpu(process) - spent:.2f} s of them server CPU",
+                    flush=True,
+                )
             places = [(level, 900 * i, 1300 * i) for level in (13, 14, 15, 16, 17) for i in (0, 1, 2)]
             paths = [path for place in places for path in viewport(image_id, *place, levels)]
             cold = steady(port, paths, 8, 4, asked.seconds)
@@ -221,6 +231,7 @@ def main() -> None:
             for path in paths:
                 client.get(path)
             told("8 clients at 4 requests/s, warm", steady(port, paths, 8, 4, asked.seconds))
+            spent = cpu(process)
             before = process.memory_info().rss
             memory = [before]
             rng = np.random.default_rng(0)
@@ -238,7 +249,11 @@ def main() -> None:
                 if (i + 1) % (asked.requests // 5) == 0:
                     memory.append(process.memory_info().rss)
             shown = ", ".join(f"{rss / 2**20:.0f}" for rss in memory)
+            spent = (cpu(process) - spent) / asked.requests
             print(f"resident MiB before and during {asked.requests} requests of random tiles: {shown}")
+            print(
+                f"server CPU a random tile: {1e3 * spent:.1f} ms; load of the machine {psutil.getloadavg()[0]:.1f}"
+            )
 
 
 if __name__ == "__main__":

@@ -236,8 +236,12 @@ def test_every_answer_says_what_a_page_may_load(server: Served, slide: str) -> N
         assert not [name for name in headers if name.startswith("access-control")]
         assert "set-cookie" not in headers
         assert "server" not in headers
-    assert "immutable" in server.get("/static/tables.js?v=1").headers["cache-control"]
-    assert "immutable" not in server.get("/static/tables.js").headers["cache-control"]
+    library = "/static/vendor/openseadragon-6.1.1/openseadragon.min.js"
+    assert "immutable" in server.get(library).headers["cache-control"]
+    own = server.get("/static/tables.js")
+    assert own.headers["content-type"].startswith("text/javascript")
+    assert own.headers["cache-control"] == "private, no-cache"
+    assert server.get("/static/tables.js", If_None_Match=own.headers["etag"]).status == 304
 
 
 def test_a_name_that_was_made_to_point_here_is_refused(server: Served) -> None:
@@ -441,3 +445,29 @@ def test_what_is_remembered_is_bounded_in_bytes() -> None:
     assert kept.get(1) is None
     kept.keep("large", Answer(b"x" * 101, "t", '"e"'))
     assert kept.get("large") is None
+
+
+def test_a_run_that_hides_names_hides_them_here(tmp_path: Path) -> None:
+    folder = made_run(tmp_path, str(DATA / "boxes_4levels.tiff"), 2, options=ReadOptions(mpp_um=0.5))
+    hidden = folder.rename(folder.with_name(folder.name[-8:])).name
+    with served(tmp_path) as server:
+        for path in ("/api/images", f"/api/images/{hidden}", f"/raw/0/{hidden}/report.json"):
+            found = server.get(path)
+            assert found.status == 200
+            assert b"boxes" not in found.body
+        assert server.get("/api/images").json["images"][0]["name"] == hidden
+        assert server.get(f"/slide/{hidden}/3/0_0.jpg").status == 200
+
+
+def test_who_leaves_in_the_middle_of_a_volume_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = made_run(tmp_path, "procedural:volume?shape=48,160,160&seed=2", 8)
+    with served(tmp_path, threads=2) as server:
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+                path = f"/volume/{folder.name}/source.nii.gz"
+                connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+                assert connection.recv(64).split()[1] in (b"200", b"503")
+        until = monotonic() + 10
+        while server.get(f"/volume/{folder.name}/0/0.nii.gz").status != 200:
+            assert monotonic() < until
+            sleep(0.1)

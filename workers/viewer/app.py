@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -107,12 +108,12 @@ async def _refused(request: Request, error: HTTPException) -> Response:
 
 
 class Assets(StaticFiles):
-    """Our own scripts and styles: those asked for with a version may be kept, the others are asked for again."""
+    """Scripts and styles: libraries lie in folders that name their version and may be kept, our own are asked for again."""
 
     def file_response(
         self, full_path: Any, stat_result: os.stat_result, scope: Scope, status_code: int = 200
     ) -> Response:
         response = super().file_response(full_path, stat_result, scope, status_code)
-        versioned = scope.get("query_string", b"").startswith(b"v=")
+        versioned = Path(full_path).is_relative_to(STATIC / "vendor")
         response.headers["Cache-Control"] = "private, max-age=31536000, immutable" if versioned else CHECK
         return response
