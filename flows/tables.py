@@ -62,6 +62,7 @@ def report_lines(report: RunReport, out: str) -> list[str]:
             line += f"  {image.output}"
         lines.append(line)
         lines += [f"            note: {note}" for note in image.notes]
+        lines += [f"            export {e.name} failed: {e.error}" for e in image.exports if e.error]
     lines.append(
         f"{_count(len(report.images), 'image')} in {report.seconds:.1f} s on {report.pool}; {Path(out) / 'run.json'}"
     )

@@ -111,6 +111,7 @@ def test_a_failing_export_ends_with_1_and_leaves_the_image_complete(
     assert [(e.name, e.error) for e in image.exports] == [
         ("csv", "ZeroDivisionError: division by zero"), ("ome-tiff", ""),
     ]  # fmt: skip
+    assert "export csv failed: ZeroDivisionError" in explain("--export", "csv")[1]
     monkeypatch.undo()
     code, out, _ = explain("--export", "csv,ome-tiff", "--json")
     (image,) = RunReport.model_validate_json(out).images

@@ -14,6 +14,7 @@ import pytest
 import tifffile
 from bioio import BioImage
 
+import workers.export.rgba
 from tests.test_workers.finished_runs import (
     COLD,
     HOT,
@@ -195,6 +196,14 @@ def test_a_coloured_pyramid_lies_on_the_slide_in_openslide(slide_run: Path) -> N
     background = store.coverage(0)[:] == 3
     assert (level0[..., 3][background] == 0).all()
     assert level0[HOT][3] == round(255 * 0.85)
+
+
+def test_parts_drawn_one_by_one_show_no_seam(slide_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = exported(slide_run, "rgba", channels=("0",))
+    before = path.read_bytes()
+    monkeypatch.setattr(workers.export.rgba, "_COLUMNS", 97)
+    exported(slide_run, "rgba", channels=("0",))
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("signed", [True, False])

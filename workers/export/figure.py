@@ -6,6 +6,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import matplotlib as mpl
@@ -78,8 +79,9 @@ class Block:
     unit: str
 
 
+@cache
 def colours(signed: bool) -> NDArray[np.uint8]:
-    """`(256, 3)` colour table: viridis, or blue - grey - orange about zero.
+    """`(256, 3)` colour table, read-only: viridis, or blue - grey - orange about zero.
 
     Blue and orange are told apart in every common form of colour blindness, and neither occurs in haematoxylin and
     eosin: the red, purple and brown ends of the ready-made diverging maps vanish in stained tissue.
@@ -89,7 +91,9 @@ def colours(signed: bool) -> NDArray[np.uint8]:
         table = np.asarray(LinearSegmentedColormap.from_list("signed", stops)(np.linspace(0, 1, 256)))
     else:
         table = np.asarray(mpl.colormaps["viridis"](np.linspace(0, 1, 256)))
-    return np.asarray(np.rint(table[:, :3] * 255), np.uint8)
+    made = np.asarray(np.rint(table[:, :3] * 255), np.uint8)
+    made.setflags(write=False)
+    return made
 
 
 def make_figure(title: str, subtitle: str, blocks: Sequence[Block], notes: Sequence[str]) -> Figure:

@@ -21,6 +21,8 @@ from workers.export.words import UNITS
 
 _HALO = 2
 """Px an outline looks around itself."""
+_COLUMNS = 2048
+"""Drawn at once."""
 
 
 def write(context: ExportContext, path: Path) -> None:
@@ -64,13 +66,20 @@ def _write_channel(context: ExportContext, channel: int, path: Path) -> None:
 def _drawn(
     context: ExportContext, channel: int, level: int, window: tuple[float, float], start: int, stop: int
 ) -> NDArray[Any]:
-    """`(rows, W, 4)` uint8; outlines and hatches go on from band to band."""
+    """`(rows, W, 4)` uint8; outlines and hatches go on from part to part."""
     signed = context.info.channels[channel].signed
-    first, last = max(start - _HALO, 0), stop + _HALO
-    values = np.asarray(context.heatmap.image(level)[channel, first:last])
-    codes = np.asarray(context.heatmap.coverage(level, channel)[first:last])
-    over = layer(values, codes, window, signed, colours(signed), (first, 0))
-    return np.rint(over[start - first : stop - first] * 255).astype(np.uint8)
+    image, coverage = context.heatmap.image(level), context.heatmap.coverage(level, channel)
+    width = context.info.grid.levels[level][1]
+    top = max(start - _HALO, 0)
+    drawn = np.empty((stop - start, width, 4), np.uint8)
+    for left in range(0, width, _COLUMNS):
+        first, last = max(left - _HALO, 0), min(left + _COLUMNS, width)
+        part = slice(top, stop + _HALO), slice(first, last + _HALO)
+        values, codes = np.asarray(image[(channel, *part)]), np.asarray(coverage[part])
+        over = layer(values, codes, window, signed, colours(signed), (top, first))
+        inner = over[start - top : stop - top, left - first : last - first]
+        drawn[:, left:last] = np.rint(inner * 255)
+    return drawn
 
 
 def legend(context: ExportContext, channel: int, window: tuple[float, float]) -> str:
