@@ -71,12 +71,12 @@ def run_folders(out: list[str]) -> tuple[Path, ...]:
     SpecError
         One of them is none.
     """
-    from workers.viewer.catalog import RUN, image_folders
+    from workers.viewer.catalog import BATCH, image_folders
 
     found = []
     for name in out:
         folder = _folder(name, "OUT")
-        if not image_folders(folder) and not (folder / RUN).exists():
+        if not image_folders(folder) and not (folder / BATCH).exists():
             others = [p for p in (folder / "run", folder.absolute().parent) if image_folders(p)]
             hint = f"did you mean {others[0]}?" if others else "give what was the --out of gigacam explain"
             msg = f"{folder}: holds no run of gigacam; {hint}"

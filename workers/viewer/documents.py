@@ -12,7 +12,8 @@ from schemas.run import ImageReport, RunReport
 from workers.export.words import INTENDED_USE
 from workers.report.private import names_of, without_folders
 from workers.viewer import deepzoom
-from workers.viewer.catalog import REPORT, Image, Run, progress
+from workers.viewer.catalog import Image
+from workers.viewer.runs import REPORT, Run, progress
 from workers.viewer.sources import Found, Origin
 
 

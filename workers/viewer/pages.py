@@ -21,10 +21,11 @@ from workers.store.tiles import TilesStore
 from workers.store.tops import top_tiles
 from workers.viewer import deepzoom, pictures, volumes
 from workers.viewer.answers import CHECK, KEEP, answer, digits, json_answer, number, place
-from workers.viewer.catalog import REPORT, RUN, TILES, Catalog, Image, Run
+from workers.viewer.catalog import BATCH, Catalog, Image
 from workers.viewer.documents import batch_document, image_document, image_row, private, report_document
 from workers.viewer.heat import Heatmaps, Kind, stamp_of
 from workers.viewer.raw import file_response
+from workers.viewer.runs import REPORT, TILES, Run
 from workers.viewer.sources import Found, Origin, Sources
 from workers.viewer.work import RETRY, Answer, Remembered, Work
 
@@ -272,8 +273,8 @@ class Pages:
         if index >= len(self.settings.folders):
             raise HTTPException(404, f"there are {len(self.settings.folders)} output folders, counted from 0")
         root = self.settings.folders[index]
-        if path == RUN:
-            return json_answer(request, await self.work.run(partial(batch_document, root / RUN)))
+        if path == BATCH:
+            return json_answer(request, await self.work.run(partial(batch_document, root / BATCH)))
         if path.endswith(f"/{REPORT}"):
             images = await self.work.run(self.catalog.images)
             runs = (run for image in images.values() for run in image.runs.values() if run.index == index)
