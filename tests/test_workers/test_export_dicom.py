@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from pydicom.config import disable_value_validation
 from scipy.spatial.transform import Rotation
 
-from schemas.errors import SpecError
+from schemas.errors import SpecError, StoreError
 from schemas.image import ReadOptions
 from tests.test_workers.made_exports import heat_grid, made_context
 from tests.test_workers.made_heatmaps import SIGNED, UNSIGNED
@@ -235,6 +235,7 @@ def test_a_series_map_lies_in_the_patient_where_the_heat_is(
     )
     for frame, slice_ in zip(found, slices, strict=True):
         assert frame.PlanePositionSequence[0].ImagePositionPatient == slice_.ImagePositionPatient
+    assert map_.Laterality == "", "type 2C: present though unknown"
     shared = map_.SharedFunctionalGroupsSequence[0]
     assert shared.PlaneOrientationSequence[0].ImageOrientationPatient == slices[0].ImageOrientationPatient
     assert shared.PixelMeasuresSequence[0].PixelSpacing == slices[0].PixelSpacing
@@ -273,3 +274,15 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules, "workers.export.parametric_map")
     with pytest.raises(SpecError, match=r"gigacam\[dicom\]"):
         run_export(EXPORTS["dicom"], context)
+
+
+@pytest.mark.parametrize("name", ["dicom", "ngff04", "neuroglancer", "vitessce"])
+def test_what_is_not_complete_is_exported_only_when_asked_and_says_so(tmp_path: Path, name: str) -> None:
+    """With a channel nobody looked at yet, whose range is unknown."""
+    values = np.full((1, 13, 13), np.nan, np.float32)
+    made = made_context(tmp_path / "image", SMALL, 4, values, publish=False, options={"url": "http://a/b"})
+    with pytest.raises(StoreError, match="--partial"):
+        run_export(EXPORTS[name], made)
+    options = made.options.model_copy(update={"partial": True})
+    files = run_export(EXPORTS[name], ExportContext.open(made.folder, options))
+    assert any(b"PARTIAL" in path.read_bytes() for path in files)

@@ -268,8 +268,7 @@ def _overview(context: ExportContext, grid: _Grid, reader: Reader) -> Any:
         transfer_syntax_uid=ExplicitVRLittleEndian,
         **place_of,
     )
-    if context.kind == "volume":
-        made.PatientOrientation = None  # several planes in one picture: no one orientation
+    made.PatientOrientation = []  # several planes in one picture, or a slide: there is no one orientation
     made.BurnedInAnnotation = "YES"  # the title is a file name, which may name a patient
     _describe(made, context, grid, context.channels[:4])
     return made
@@ -279,6 +278,8 @@ def _describe(made: Dataset, context: ExportContext, grid: _Grid, channels: Sequ
     """Derivation (at most 1024 characters) and the whole statement (at most 10,240)."""
     said = statement.text(context, channels)
     made.DerivationDescription = said[:1024]
+    if context.kind == "volume":
+        made.Laterality = grid.headers[0].get("Laterality", "")
     made.DerivationCodeSequence = [hd.sr.CodedConcept("CAM", SCHEME, "Class activation map")]
     made.ImageComments = f"{said}\nGrid: {grid.words}"[:10240]
 
