@@ -214,7 +214,7 @@ def _detections(context: ExportContext, summaries: list[dict[str, Any]]) -> Iter
                     "name": f"tile {tile}",
                     "measurements": {
                         "tile": tile,
-                        **{k: float(v[n]) for k, v in part.measures.items() if math.isfinite(v[n])},
+                        **{k: float(f"{v[n]:.9g}") for k, v in part.measures.items() if math.isfinite(v[n])},
                     },
                 },
             }
