@@ -235,7 +235,7 @@ def test_features_without_their_slide_give_bag_methods_and_say_so(
         "encoder unverified: features alone, without their slide; the file says they are this encoder's"
     )
     assert image.bag.logits == reference.bag.logits
-    assert any("features alone, without their slide: only bag methods" in note for note in image.notes)
+    assert any("features alone, without their slide: encoder unverified, and only bag methods" in note for note in image.notes)
     marks = [
         f"{m}:{t} (encoder unverified)" for m in ("attention", "contribution") for t in ("benign", "tumour")
     ]

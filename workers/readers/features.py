@@ -114,7 +114,7 @@ class FeaturesReader:
             raise SourceError(msg)
         said = found.attributes
         shape = (int(said.get("level0_height", 0)), int(said.get("level0_width", 0)))
-        notes = ["features alone, without their slide: only bag methods can be had"]
+        notes = ["features alone, without their slide: encoder unverified, and only bag methods can be had"]
         if not all(shape):
             size = level0_size(said)
             if size is None or not len(found.corner_l0):
