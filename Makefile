@@ -1,6 +1,7 @@
 # make demo   a synthetic slide and volume, explained end to end (into demo/)
 # make test   the default test suite
 # make lint   ruff, formatting, types
+# make browser   a Chromium for tests/browser (skipped without): the one there is, else Debian's, installed if you are root
 # Each works on a fresh clone with Python 3.11 to 3.13, pip and make; PYTHON=... picks another interpreter.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -22,7 +23,7 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint browser install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -36,6 +37,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy flows workers schemas
 	$(BIN)/mypy --check-untyped-defs tests
+
+browser:
+	@if [ -n "$$GIGACAM_CHROMIUM" ]; then echo "browser tests use $$GIGACAM_CHROMIUM"; \
+	elif command -v chromium chromium-browser google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	else echo "no Chromium here: install your system's package, or name one: export GIGACAM_CHROMIUM=/path/to/chromium" >&2; exit 1; fi
 
 install: $(STAMP)
 

@@ -23,7 +23,7 @@ export function number(value, digits = 3) {
 }
 
 /** Whole numbers with thin spaces between thousands. */
-export const grouped = (value) => String(Math.round(value)).replace(/\B(?=(\d{3})+$)/g, " ");
+export const grouped = (value) => String(Math.round(value)).replace(/\B(?=(\d{3})+$)/g, "\u202f");
 
 /** A length given in `um` or `mm`, in the unit people would use. */
 export function length(size, unit, digits = 3) {

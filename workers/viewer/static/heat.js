@@ -2,8 +2,6 @@
 
 import { reason } from "./api.js";
 
-export const TILE = 512;
-
 /** Tiles of one image, of all its maps, fetched in the order they are wanted in. */
 export class Tiles {
     /** `loaded()` is called after each tile, `failed(message)` where one cannot be had. */
@@ -110,6 +108,7 @@ export class Pyramid {
     constructor({ grid, urlOf }) {
         this.downsample = grid.downsample;
         this.levels = grid.levels;
+        this.tile = grid.tile;
         this.shapeL0 = grid.shape_l0;
         this.urlOf = urlOf;
     }
@@ -129,15 +128,16 @@ export class Pyramid {
     tilesIn(level, [y0, x0, y1, x1]) {
         const [dy, dx] = this.pixel(level);
         const [h, w] = this.levels[level];
-        const first = (at, d) => Math.max(0, Math.floor(at / (d * TILE)));
-        const last = (at, d, n) => Math.min(Math.ceil(n / TILE), Math.ceil(at / (d * TILE)));
+        const { tile } = this;
+        const first = (at, d) => Math.max(0, Math.floor(at / (d * tile)));
+        const last = (at, d, n) => Math.min(Math.ceil(n / tile), Math.ceil(at / (d * tile)));
         const list = [];
         for (let y = first(y0, dy); y < last(y1, dy, h); y++) {
             for (let x = first(x0, dx); x < last(x1, dx, w); x++) {
-                const far = Math.hypot((y + 0.5) * dy * TILE - (y0 + y1) / 2, (x + 0.5) * dx * TILE - (x0 + x1) / 2);
+                const far = Math.hypot((y + 0.5) * dy * tile - (y0 + y1) / 2, (x + 0.5) * dx * tile - (x0 + x1) / 2);
                 list.push({
                     y, x, far, level, url: this.urlOf(level, y, x),
-                    h: Math.min(TILE, h - y * TILE), w: Math.min(TILE, w - x * TILE),
+                    h: Math.min(tile, h - y * tile), w: Math.min(tile, w - x * tile),
                 });
             }
         }

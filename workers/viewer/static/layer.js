@@ -5,7 +5,6 @@
 
 import { paint } from "./colours.js";
 import { BACKGROUND, FAILED, LEFT_OUT, PENDING } from "./format.js";
-import { TILE } from "./heat.js";
 
 const bits = (...codes) => codes.reduce((sum, code) => sum | (1 << code), 0);
 export const HATCHES = {
@@ -124,7 +123,7 @@ export class HeatLayer {
                 const up = level - this.level;
                 const tile = this.tiles.get(this.pyramid.urlOf(level, y >> up, x >> up));
                 if (!tile) continue;
-                const [dy, dx] = this.pyramid.pixel(this.level).map((d) => d * TILE);
+                const [dy, dx] = this.pyramid.pixel(this.level).map((d) => d * this.pyramid.tile);
                 const part = [
                     Math.max(box[0], y * dy), Math.max(box[1], x * dx),
                     Math.min(box[2], (y + 1) * dy), Math.min(box[3], (x + 1) * dx),
@@ -143,13 +142,14 @@ export class HeatLayer {
     /** Source and target rectangle of the px of a tile that a level-0 part touches; edges are shared with the neighbours'. */
     #rectangles(tile, level, ty, tx, [y0, x0, y1, x1], place) {
         const [dy, dx] = this.pyramid.pixel(level);
+        const size = this.pyramid.tile;
         const cut = (from, to, d, first, n) => [
             Math.max(0, Math.floor(from / d) - first), Math.min(n, Math.ceil(to / d) - first),
         ];
-        const [sy0, sy1] = cut(y0, y1, dy, ty * TILE, tile.h);
-        const [sx0, sx1] = cut(x0, x1, dx, tx * TILE, tile.w);
-        const onX = (px) => Math.round(place.x + place.scale * (tx * TILE + px) * dx);
-        const onY = (px) => Math.round(place.y + place.scale * (ty * TILE + px) * dy);
+        const [sy0, sy1] = cut(y0, y1, dy, ty * size, tile.h);
+        const [sx0, sx1] = cut(x0, x1, dx, tx * size, tile.w);
+        const onX = (px) => Math.round(place.x + place.scale * (tx * size + px) * dx);
+        const onY = (px) => Math.round(place.y + place.scale * (ty * size + px) * dy);
         return [sx0, sy0, sx1 - sx0, sy1 - sy0, onX(sx0), onY(sy0), onX(sx1) - onX(sx0), onY(sy1) - onY(sy0)];
     }
 
@@ -203,10 +203,11 @@ export class HeatLayer {
         for (let level = this.level; level < this.pyramid.levels.length; level++) {
             const [dy, dx] = this.pyramid.pixel(level);
             const [row, column] = [Math.floor(y / dy), Math.floor(x / dx)];
-            const [ty, tx] = [Math.floor(row / TILE), Math.floor(column / TILE)];
+            const size = this.pyramid.tile;
+            const [ty, tx] = [Math.floor(row / size), Math.floor(column / size)];
             const tile = this.tiles.get(this.pyramid.urlOf(level, ty, tx));
             if (!tile) continue;
-            const index = (row - ty * TILE) * tile.w + column - tx * TILE;
+            const index = (row - ty * size) * tile.w + column - tx * size;
             return { value: tile.values[index], code: tile.coverage[index], level };
         }
         return null;

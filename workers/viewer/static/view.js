@@ -9,6 +9,11 @@ import { HeatLayer } from "./layer.js";
 const { OpenSeadragon } = window;
 const PAPER = "data:image/gif;base64,R0lGODlhAQABAIAAAOfk6AAAACwAAAAAAQABAAACAkQBADs=";
 
+// OpenSeadragon adds an inline style, which the content security policy refuses, unless it finds an element of this name.
+const style = document.createElementNS("urn:gigacam:none", "style");
+style.setAttribute("data-openseadragon-mobile-css", "");
+document.head.append(style);
+
 function tileSource({ id, source }, [height, width]) {
     if (!source.deepzoom) {
         return { width, height, tileSize: Math.max(width, height), minLevel: 0, maxLevel: 0, getTileUrl: () => PAPER };
@@ -36,6 +41,7 @@ export class SlideView {
             showNavigator: true,
             navigatorPosition: "TOP_RIGHT",
             navigatorSizeRatio: 0.16,
+            navigatorMaintainSizeRatio: true,
             navigatorAutoFade: false,
             navigatorDisplayRegionColor: "#e0a030",
             navigatorBackground: "#2b2f34",

@@ -28,14 +28,18 @@ const panel = new MapPanel({ image: () => image, seen, changed: () => refresh(),
 const nv = new Niivue({
     backColor: [0.08, 0.09, 0.1, 1],
     crosshairColor: [0.94, 0.78, 0.45, 0.9],
-    crosshairWidth: 1,
+    crosshairWidth: 0.25,
+    crosshairWidthUnit: "percent",
+    crosshairGap: 6,
     fontColor: [0.9, 0.92, 0.94, 1],
     show3Dcrosshair: true,
     isRadiologicalConvention: true,
     isColorbar: false,
+    showAllOrientationMarkers: true,
+    fontSizeScaling: 0.3,
     isRuler: true,
     rulerWidth: 2,
-    rulerColor: [0.9, 0.92, 0.94, 0.8],
+    rulerColor: [0.94, 0.78, 0.45, 1],
     multiplanarShowRender: 1,
     multiplanarPadPixels: 4,
     dragAndDropEnabled: false,
@@ -46,6 +50,10 @@ const nv = new Niivue({
     loadingText: "",
     logLevel: "error",
 });
+
+// The source is always drawn smooth; only the heat shows its voxels. NiiVue knows one setting for both.
+const interpolate = nv.updateInterpolation.bind(nv);
+nv.updateInterpolation = (layer, linear = false) => interpolate(layer, linear || layer === 0);
 
 function seen(of) {
     const key = mapKey(of);
@@ -107,7 +115,6 @@ async function refresh() {
         nv.refreshLayers(nv.volumes[1], 1);
     }
     nv.opts.isNearestInterpolation = !look.smooth;
-    nv.updateInterpolation(0, true);
     nv.updateInterpolation(1);
     nv.drawScene();
     panel.show(look);
@@ -181,7 +188,6 @@ function setGrey(lo, hi) {
     Object.assign(nv.volumes[0], { cal_min: lo, cal_max: hi });
     extra.grey = String([lo, hi]) === String(greyAtFirst) ? "" : `${lo},${hi}`;
     nv.refreshLayers(nv.volumes[0], 0);
-    nv.updateInterpolation(0, true);
     nv.drawScene();
     for (const [box, value] of [[greyLow, lo], [greyHigh, hi]]) if (document.activeElement !== box) box.value = Number(value.toPrecision(4));
     remember();
