@@ -87,9 +87,11 @@ def viewer(out: Path) -> Iterator[tuple[int, psutil.Process]]:
         assert process.stdout is not None
         found = re.search(r":(\d+)/", process.stdout.readline())
         assert found is not None
-        yield int(found[1]), psutil.Process(process.pid)
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
+        try:
+            yield int(found[1]), psutil.Process(process.pid)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
 
 
 class Client:
@@ -232,8 +234,8 @@ def main() -> None:
                 client.get(path)
             told("8 clients at 4 requests/s, warm", steady(port, paths, 8, 4, asked.seconds))
             spent = cpu(process)
-            before = process.memory_info().rss
-            memory = [before]
+            client = Client(port)  # the other's connection was closed while it had nothing to ask
+            memory = [process.memory_info().rss]
             rng = np.random.default_rng(0)
             for i in range(asked.requests):
                 level = int(rng.integers(9, 18))

@@ -118,6 +118,7 @@ def test_pixels_arrive(server: Served, slide: str, volume: str) -> None:
         (f"/api/images/{slide}/1/overlay.jpg?channel=0&size=64", "image/jpeg"),
         (f"/volume/{volume}/source.nii.gz", "application/gzip"),
         (f"/volume/{volume}/0/1.nii.gz", "application/gzip"),
+        (f"/volume/{volume}/0/1.coverage.nii.gz", "application/gzip"),
         (f"/raw/0/{slide}/heatmap.ome.zarr/0/zarr.json", "application/json"),
     ):
         found = server.get(path)

@@ -181,6 +181,11 @@ def test_volumes_lie_on_the_source(
         ("source", volumes.source_nifti(reader), original.get_fdata()),
         ("heat0", volumes.heat_nifti(reader, store, 0), whole[..., 0]),
         ("heat1", volumes.heat_nifti(reader, store, 1), whole[..., 1]),
+        (
+            "coverage",
+            volumes.coverage_nifti(reader, store, 0),
+            np.where(np.isfinite(whole[..., 0]), Coverage.EVALUATED, Coverage.BACKGROUND),
+        ),
     ):
         parts = list(made)
         sent = tmp_path / f"{name}.nii.gz"

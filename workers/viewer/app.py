@@ -74,6 +74,7 @@ def viewer(settings: Settings) -> ASGIApp:
         "/slide/{id}/{level}/{place}.jpg": pages.slide_tile,
         "/heat/{id}/{run}/{channel}/{kind}/{level}/{place}.bin": pages.heat_tile,
         "/volume/{id}/source.nii.gz": pages.volume,
+        "/volume/{id}/{run}/{channel}.coverage.nii.gz": pages.volume_coverage,
         "/volume/{id}/{run}/{channel}.nii.gz": pages.volume_heat,
         "/raw/{run}/{path:path}": pages.raw,
     }

@@ -17,6 +17,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 
 from schemas.errors import SourceError, StoreError
 from workers.readers.reader import Reader
+from workers.store.heatmap import HeatmapStore
 from workers.store.tiles import TilesStore
 from workers.store.tops import top_tiles
 from workers.viewer import deepzoom, pictures, volumes
@@ -227,15 +228,22 @@ class Pages:
         return await self._stream(request, origin, f"{origin.identity[:16]}", volumes.source_nifti)
 
     async def volume_heat(self, request: Request) -> Response:
+        return await self._of_channel(request, volumes.heat_nifti, "heat")
+
+    async def volume_coverage(self, request: Request) -> Response:
+        return await self._of_channel(request, volumes.coverage_nifti, "coverage")
+
+    async def _of_channel(
+        self, request: Request, make: Callable[[Reader, HeatmapStore, int], Iterator[bytes]], what: str
+    ) -> Response:
         image, run = await self._run(request)
         channel = digits(request, "channel")
         _check_volume(image)
         stamp = stamp_of(run.heatmap_path)
         store, _ = await self.work.run(partial(self.heatmaps.open, run.heatmap_path))
         _check_channel(channel, len(store.info.channels))
-        tag = f"{store.info.run_id[:16]}-{stamp[0]:x}-{channel}" if store.info.complete else ""
-        make = partial(volumes.heat_nifti, heatmap=store, channel=channel)
-        return await self._stream(request, _origin(image), tag, make)
+        tag = f"{store.info.run_id[:16]}-{stamp[0]:x}-{channel}-{what}" if store.info.complete else ""
+        return await self._stream(request, _origin(image), tag, lambda reader: make(reader, store, channel))
 
     async def _stream(
         self, request: Request, origin: Origin, tag: str, make: Callable[[Reader], Iterator[bytes]]

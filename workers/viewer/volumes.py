@@ -23,7 +23,7 @@ MOST_VOXELS = 200_000_000
 """A browser holds a volume whole, as float32."""
 SLAB_VOXELS = 8_000_000
 
-Slab = Callable[[list[int], list[int]], NDArray[np.float32]]
+Slab = Callable[[list[int], list[int]], NDArray[Any]]
 """Level-0 start and stop `(z, y, x)` of a box -> its values in RAS voxel order."""
 
 
@@ -40,7 +40,7 @@ def source_nifti(reader: Reader) -> Iterator[bytes]:
         box = Box(frame="l0", start=tuple(start), stop=tuple(stop))
         return np.asarray(reader.read(box, box.shape, 0)[0][0], np.float32)
 
-    return _gzip(reader.meta, slab, None)
+    return _gzip(reader.meta, slab)
 
 
 def heat_nifti(reader: Reader, heatmap: HeatmapStore, channel: int) -> Iterator[bytes]:
@@ -67,7 +67,28 @@ def heat_nifti(reader: Reader, heatmap: HeatmapStore, channel: int) -> Iterator[
     return _gzip(reader.meta, slab, heatmap.info.display[channel] if heatmap.info.display else None)
 
 
-def _gzip(meta: ImageMeta, slab: Slab, shown: tuple[float, float] | None) -> Iterator[bytes]:
+def coverage_nifti(reader: Reader, heatmap: HeatmapStore, channel: int) -> Iterator[bytes]:
+    """Why each voxel of the source has a value of a channel or none: uint8 of `Coverage`, of the heat voxel it lies in.
+
+    Raises
+    ------
+    HTTPException
+        413: it is too large for a browser.
+    """
+    grid, codes = heatmap.grid, heatmap.coverage(0, channel)
+
+    def slab(start: list[int], stop: list[int]) -> NDArray[np.uint8]:
+        index = [np.arange(a, b) // d for a, b, d in zip(start, stop, grid.downsample, strict=True)]
+        window = tuple(slice(int(i[0]), int(i[-1]) + 1) for i in index)
+        near = np.asarray(codes[window], np.uint8)
+        return near[np.ix_(*(i - i[0] for i in index))]
+
+    return _gzip(reader.meta, slab, dtype="|u1")
+
+
+def _gzip(
+    meta: ImageMeta, slab: Slab, shown: tuple[float, float] | None = None, dtype: str = "<f4"
+) -> Iterator[bytes]:
     if math.prod(meta.shape_l0) > MOST_VOXELS:
         msg = (
             f"{math.prod(meta.shape_l0) / 1e6:.0f} million voxels are more than a browser holds (at most {MOST_VOXELS / 1e6:.0f}): "
@@ -75,12 +96,15 @@ def _gzip(meta: ImageMeta, slab: Slab, shown: tuple[float, float] | None) -> Ite
         )
         raise HTTPException(413, msg)
     header, turn = source_grid(meta)
+    header.set_data_dtype(np.dtype(dtype))
     if shown is not None:
         header["cal_min"], header["cal_max"] = shown
-    return _compressed(_parts(meta, header, turn, slab))
+    return _compressed(_parts(meta, header, turn, slab, dtype))
 
 
-def _parts(meta: ImageMeta, header: Any, turn: NDArray[np.float64], slab: Slab) -> Iterator[bytes]:
+def _parts(
+    meta: ImageMeta, header: Any, turn: NDArray[np.float64], slab: Slab, dtype: str
+) -> Iterator[bytes]:
     """Header and voxels, x fastest: slabs along the axis that is slowest in the file."""
     head = io.BytesIO()
     header.write_to(head)
@@ -94,7 +118,7 @@ def _parts(meta: ImageMeta, header: Any, turn: NDArray[np.float64], slab: Slab) 
         start, stop = [0] * 3, list(meta.shape_l0)
         start[axis], stop[axis] = (n - end, n - k) if flipped else (k, end)
         stored = orientations.apply_orientation(np.transpose(slab(start, stop), (2, 1, 0)), turn)
-        yield np.asarray(stored, "<f4").tobytes("F")
+        yield np.asarray(stored, dtype).tobytes("F")
 
 
 def _compressed(parts: Iterator[bytes]) -> Iterator[bytes]:
