@@ -286,3 +286,27 @@ def test_what_is_not_complete_is_exported_only_when_asked_and_says_so(tmp_path: 
     options = made.options.model_copy(update={"partial": True})
     files = run_export(EXPORTS[name], ExportContext.open(made.folder, options))
     assert any(b"PARTIAL" in path.read_bytes() for path in files)
+
+
+def test_frames_of_a_sparsely_tiled_source_keep_their_places(tmp_path: Path) -> None:
+    """The same slide, its frames in another order, each saying where it lies."""
+    source = pydicom.dcmread(SMALL)
+    positions = hd.utils.get_plane_positions_of_image(source)
+    order = np.random.default_rng(0).permutation(len(positions))
+    source.DimensionOrganizationType = "TILED_SPARSE"
+    frames = np.frombuffer(source.PixelData, np.uint8).reshape(len(order), -1)
+    source.PixelData = frames[order].tobytes()
+    source.PerFrameFunctionalGroupsSequence = [pydicom.Dataset() for _ in order]
+    for group, at in zip(source.PerFrameFunctionalGroupsSequence, order, strict=True):
+        group.PlanePositionSlideSequence = positions[at]
+    source.save_as(tmp_path / "sparse.dcm")
+    values = heat((50, 50), 4, (7, 3))
+    exported(made_context(tmp_path / "image", tmp_path / "sparse.dcm", 4, values))
+    made = hd.imread(next((tmp_path / "image/export/dicom").glob("00-*")))
+    np.testing.assert_array_equal(made.get_total_pixel_matrix(), nearest(values[0], 4, (50, 50)))
+    for group in made.PerFrameFunctionalGroupsSequence:
+        place = group.PlanePositionSlideSequence[0]
+        number = group.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber
+        its = source.PerFrameFunctionalGroupsSequence[number - 1].PlanePositionSlideSequence[0]
+        assert place.RowPositionInTotalImagePixelMatrix == its.RowPositionInTotalImagePixelMatrix
+        assert place.ColumnPositionInTotalImagePixelMatrix == its.ColumnPositionInTotalImagePixelMatrix
