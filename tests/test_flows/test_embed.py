@@ -37,7 +37,7 @@ FLAGS = [
     "--bag-method", "attention,contribution", "--method", "hirescam", "--unit", "5", "--batch", "2", "--tissue", "none",
     "--downsample", "16", "--pool", "serial", "--threads", "1",
 ]  # fmt: skip
-ABMIL = {"args": {"hidden": 4, "size": 4}}
+ABMIL: dict[str, Any] = {"args": {"hidden": 4, "size": 4}}
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -79,20 +79,24 @@ def test_explain_goes_on_from_what_was_embedded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Interrupted, resumed, explained: the features are computed once, the stores are those of one run."""
-    run, units = Embedder.run, []
+    run = Embedder.run
+    units: list[Task] = []
+
+    def counted(self: Embedder, task: Task) -> Any:
+        units.append(task)
+        return run(self, task)
 
     def twice(self: Embedder, task: Task) -> Any:
         if len(units) == 1:
             raise KeyboardInterrupt
-        units.append(task)
-        return run(self, task)
+        return counted(self, task)
 
     words = ["embed", SLIDE, "--model", card, "--out", str(tmp_path / "out"), *FLAGS]
     monkeypatch.setattr(Embedder, "run", twice)
     assert command(*words) == 130
     assert "run the same command again" in capsys.readouterr().err
     done = list(units)
-    monkeypatch.setattr(Embedder, "run", lambda self, task: units.append(task) or run(self, task))
+    monkeypatch.setattr(Embedder, "run", counted)
     assert command(*words, "--json") == 0
     image = RunReport.model_validate_json(capsys.readouterr().out).images[0]
     planned = tiles_of(whole).info.planned
@@ -200,7 +204,7 @@ def test_an_encoder_alone_is_embedded_trained_on_and_explained(
     ]
     assert command(*train, "--args", json.dumps(ABMIL["args"])) == 0
     trained = load_card(TrainReport.model_validate_json((tmp_path / "head" / "train.json").read_bytes()).card)
-    info = zarr.open_group(stores[0], mode="r").attrs["gigacam"]
+    info: Any = zarr.open_group(stores[0], mode="r").attrs["gigacam"]
     assert trained.card.bag is not None
     assert trained.card.bag.encoder_digest == info["spec"]["card"]["state_sha256"]
 
@@ -235,12 +239,15 @@ def test_features_without_their_slide_give_bag_methods_and_say_so(
         "encoder unverified: features alone, without their slide; the file says they are this encoder's"
     )
     assert image.bag.logits == reference.bag.logits
-    assert any("features alone, without their slide: encoder unverified, and only bag methods" in note for note in image.notes)
+    assert any(
+        "features alone, without their slide: encoder unverified, and only bag methods" in note
+        for note in image.notes
+    )
     marks = [
         f"{m}:{t} (encoder unverified)" for m in ("attention", "contribution") for t in ("benign", "tumour")
     ]
     assert [c.label for c in image.channels] == marks
-    attributes = zarr.open_group(heatmap.path, mode="r").attrs
+    attributes: Any = zarr.open_group(heatmap.path, mode="r").attrs
     assert [c["label"] for c in attributes["ome"]["omero"]["channels"]] == marks
     assert all(c["encoder_unverified"] for c in attributes["gigacam"]["channels"])
     assert not any(name.startswith(("gradient", "maps")) for name in stored_bytes(tiles_of(report).path))
@@ -249,7 +256,8 @@ def test_features_without_their_slide_give_bag_methods_and_say_so(
     np.testing.assert_array_equal(values_of(heatmap), values_of(heatmap_of(whole))[:4])
     assert not any(c.encoder_unverified for c in reference.channels)
     figure = overview_figure(open_image(str(alone)), heatmap, tiles_of(report).info)
-    text = " ".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))
+    texts: Any = figure.findobj(lambda a: hasattr(a, "get_text"))
+    text = " ".join(t.get_text() for t in texts)
     assert "Encoder unverified" in text
     assert "there is no picture of the slide" in text
 

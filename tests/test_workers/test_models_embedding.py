@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -220,8 +221,7 @@ def write(folder: Path, net: nn.Module, rename: Callable[[str], str] = str, more
 @needs_timm
 def test_a_vit_of_timm_is_explained_by_its_tokens(tmp_path: Path) -> None:
     declare_torchvision_operators()
-    import timm
-
+    timm: Any = import_module("timm")
     torch.manual_seed(0)
     net = timm.create_model("vit_tiny_patch16_224", **VIT).eval()
     network = {"adapter": "timm", "name": "vit_tiny_patch16_224", "args": VIT, **write(tmp_path, net)}
@@ -232,9 +232,9 @@ def test_a_vit_of_timm_is_explained_by_its_tokens(tmp_path: Path) -> None:
     assert (lies.layout, lies.prefix, lies.grid) == ("tokens", 1, (5, 7))
     found = explain(model.net, x, [target(3, 24)], ["gradcam", "hirescam", "rollout"]).maps
     tokens: list[Tensor] = []
-    net.blocks[1].norm1.register_forward_hook(lambda _m, _i, out: tokens.append(out.requires_grad_()) or out)
+    net.blocks[1].norm1.register_forward_hook(lambda _m, _i, out: tokens.append(out.requires_grad_()))
     (g,) = torch.autograd.grad(net.requires_grad_(False)(x)[:, 3].sum(), tokens)
-    a, g = (t[:, 1:].mT.unflatten(2, (5, 7)) for t in (tokens[0].detach(), g))
+    a, g = (t[:, 1:].mT.reshape(2, 24, 5, 7) for t in (tokens[0].detach(), g))
     torch.testing.assert_close(found["hirescam"][:, 0], (a * g).sum(1))
     torch.testing.assert_close(found["gradcam"][:, 0], (a * g.mean((2, 3), True)).sum(1))
     with pytest.raises(ModelError, match=r"is none of timm .*; near names: vit_tiny_patch16_224"):
@@ -247,8 +247,7 @@ def test_a_vit_of_timm_is_explained_by_its_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["class", "mean", ""])
 def test_a_vit_of_transformers_is_explained_by_its_tokens(tmp_path: Path, how: str) -> None:
     """From a checkpoint of the classifier: the encoder's own name is taken off, the head left out by name."""
-    import transformers
-
+    transformers: Any = import_module("transformers")
     torch.manual_seed(0)
     config = transformers.ViTConfig(**HF)
     net = transformers.ViTModel(config, add_pooling_layer=not how).eval()

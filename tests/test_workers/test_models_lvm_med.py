@@ -24,7 +24,7 @@ from workers.models.checkpoint import load_weights
 from workers.models.cnn import load_model
 from workers.models.facts import model_facts
 from workers.models.lvm_med import lvm_med, lvm_med_names
-from workers.models.sam import SamEncoder
+from workers.models.sam import Block, SamEncoder
 
 TINY: dict[str, Any] = {
     "dim": 8, "depth": 3, "heads": 2, "patch": 4, "window": 2, "everywhere": [1], "trained_px": 16,
@@ -81,11 +81,12 @@ def slow(net: SamEncoder, tile: Tensor) -> Tensor:
         )
         t = t + grid[0].permute(1, 2, 0)
     for block in net.blocks:
-        state = dict(block.named_modules())
+        assert isinstance(block, Block)
+        state: Any = dict(block.named_modules())
         x = state["norm1"](t)
         if block.window:
             h, w, _ = x.shape
-            s = int(block.window)
+            s = block.window
             filled = torch.zeros(-(-h // s) * s, -(-w // s) * s, x.shape[2], dtype=x.dtype)
             filled[:h, :w] = x
             for y in range(0, h, s):
@@ -96,7 +97,8 @@ def slow(net: SamEncoder, tile: Tensor) -> Tensor:
             x = slow_attention(state["attn"], x)
         t = t + x
         t = t + state["mlp.lin2"](F.gelu(state["mlp.lin1"](state["norm2"](t))))
-    return t.permute(2, 0, 1)
+    out: Tensor = t.permute(2, 0, 1)
+    return out
 
 
 @pytest.mark.parametrize("positions", [False, True])
