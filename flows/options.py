@@ -42,8 +42,8 @@ Features = Annotated[
     str,
     typer.Option(
         "--features",
-        help="Features made elsewhere (.h5 of CLAM or TRIDENT, with coords): the file, or a folder with one named like each "
-        "image. Default: the tiles are embedded here.",
+        help="Features made before (.h5 of CLAM or TRIDENT with coords, or what gigacam embed left): the file, or a folder with "
+        "one named like each image. Default: the tiles are embedded here.",
     ),
 ]
 Inside = Annotated[
