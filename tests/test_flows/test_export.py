@@ -181,3 +181,13 @@ def test_a_failed_export_is_in_the_summary() -> None:
     report = RunReport(images=(image,), pool="serial", seconds=1, versions={})
     assert report.exit_code == 1
     assert "export csv failed: why" in "\n".join(report_lines(report, "out"))
+
+
+def test_an_interrupt_ends_with_130(gigacam: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slide-0" / "heatmap.ome.zarr").mkdir(parents=True)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.export.export_image", interrupted)
+    assert gigacam("export", str(tmp_path), "--to", "csv")[0] == 130

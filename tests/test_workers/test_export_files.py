@@ -235,10 +235,18 @@ def test_an_incomplete_heatmap_is_exported_only_when_asked_and_says_so(small: Pa
     assert "PARTIAL" in json.loads(path.read_text())["gigacam"]["missing"]
 
 
-def test_a_volume_has_no_slide_export(tmp_path: Path) -> None:
+def test_a_volume_has_a_table_of_tiles_and_no_slide_export(tmp_path: Path) -> None:
     boxes = shifted_boxes((8, 8, 8), (4, 4, 4), (4, 4, 4))
-    info = tiles_info(boxes, (8, 8, 8), map_grid((4, 4, 4), (1, 1, 1)))
+    info = tiles_info(boxes, (8, 8, 8), map_grid((4, 4, 4), (1, 1, 1)), methods=("hirescam",))
+    TilesStore.create(tmp_path / "v" / "tiles.zarr", info, boxes)
     made_heatmap(tmp_path / "v" / "heatmap.ome.zarr", info.image, 1, np.ones((1, 8, 8, 8), np.float32))
+    (table,) = exported(tmp_path / "v", "csv")
+    with table.open(newline="") as handle:
+        *_, last = csv.DictReader(handle)
+    names = [f"{axis}{end}_l0" for end in (0, 1) for axis in "xyz"]
+    assert [last[name] for name in names] == ["4"] * 3 + ["8"] * 3
+    assert [last[f"centre_{axis}_mm"] for axis in "xyz"] == ["6.0", "9.0", "18.0"]
+    assert last["status"] == "pending"
     for name in ("ome-tiff", "geojson", "rgba", "large_image", "qupath"):
         with pytest.raises(SpecError, match=f"a volume has no {name} export; it is for slides"):
             exported(tmp_path / "v", name)

@@ -72,6 +72,7 @@ def facts(context: ExportContext, channels: Sequence[int] | None = None) -> dict
             "version": card.get("version", ""),
             "sha256": card.get("network", {}).get("sha256", ""),
             "layer": tiles.info.spec.cam.layer,
+            "intended_use": card.get("intended_use", ""),
         }
     return said
 
