@@ -65,7 +65,7 @@ def register(app: typer.Typer) -> None:
             str,
             typer.Option(
                 "--url",
-                help="Address at which OUT is served, for neuroglancer and vitessce: http://127.0.0.1:8000/raw/0.",
+                help="Address at which OUT is served, for neuroglancer and vitessce: http://127.0.0.1:8000/raw/0. Default: none.",
             ),
         ] = "",
         source_url: Annotated[
