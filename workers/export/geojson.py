@@ -59,9 +59,7 @@ def write(context: ExportContext, path: Path) -> None:
         handle.write('{"type":"FeatureCollection","features":[')
         first = True
         for feature in _features(context, level, summaries):
-            handle.write(
-                ("" if first else ",") + "\n" + json.dumps(feature, ensure_ascii=False, allow_nan=False)
-            )
+            handle.write(("" if first else ",") + "\n" + _json(feature))
             first = False
         factor = [d * 2**level for d in context.info.grid.downsample]
         about = {
@@ -70,13 +68,17 @@ def write(context: ExportContext, path: Path) -> None:
             "found_on": {"heatmap_level": level, "px_l0": factor, "values": "raw, mean over evaluated px"},
             "kept": summaries,
         }
-        handle.write('\n],\n"gigacam":' + json.dumps(about, ensure_ascii=False, allow_nan=False) + "}\n")
+        handle.write('\n],\n"gigacam":' + _json(about) + "}\n")
     for cut in summaries:
         if cut["kept"] < cut["found"]:
             log.warning(
                 "%s: of %d %s the %d strongest are in the file; --max-regions sets how many",
                 context.image_id, cut["found"], cut["what"], cut["kept"],
             )  # fmt: skip
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def region_level(context: ExportContext) -> int:
