@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 from schemas.errors import ModelError
 from schemas.model import CamLayer
+from tests.parity.gradcam_library import declare_torchvision_operators
+from tests.test_workers.test_models_embedding import needs_timm, needs_transformers
 from tests.test_workers.test_models_loading import card, sha
 from workers.cam.capture import HookedNet
 from workers.cam.explain import explain
@@ -110,6 +113,37 @@ def test_the_encoder_is_that_of_segment_anything(positions: bool) -> None:
         for tile, found in zip(x, maps, strict=True):
             torch.testing.assert_close(found, slow(net, tile), rtol=0, atol=1e-10)
         torch.testing.assert_close(net(x), maps.mean((2, 3)))
+
+
+@needs_transformers
+@needs_timm
+def test_the_encoder_is_that_of_transformers() -> None:
+    """Their port of Segment Anything, whose image encoder has the same names but for four."""
+    declare_torchvision_operators()
+    transformers: Any = import_module("transformers")
+    net = vit(positions=True, trained_px=24)
+    config = transformers.SamVisionConfig(
+        hidden_size=8, num_hidden_layers=3, num_attention_heads=2, image_size=24, patch_size=4, window_size=2,
+        global_attn_indexes=[1], mlp_dim=32, output_channels=4, attn_implementation="eager",
+    )  # fmt: skip
+    reference = transformers.SamVisionModel(config).eval()
+    other = {"patch_embed.proj.": "patch_embed.projection.", "blocks.": "layers.", "norm1": "layer_norm1", "norm2": "layer_norm2"}  # fmt: skip
+    state = {}
+    for name, value in net.state_dict().items():
+        for ours, theirs in other.items():
+            name = name.replace(ours, theirs)
+        state[f"vision_encoder.{name}"] = value
+    missing, unexpected = reference.load_state_dict(state, strict=False)
+    assert not [name for name in missing if "neck" not in name]
+    assert not unexpected
+    last: list[Any] = []
+    reference.vision_encoder.layers[-1].register_forward_hook(lambda _m, _i, out: last.append(out))
+    x = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        reference(x)
+        found = HookedNet(net, "features").trunk(x)
+    expected = last[0][0] if isinstance(last[0], tuple) else last[0]
+    torch.testing.assert_close(found, expected.movedim(-1, 1))
 
 
 def test_the_layouts_are_the_published_ones() -> None:
