@@ -198,6 +198,25 @@ def steady(port: int, paths: list[str], clients: int, rate: float, seconds: floa
     return taken
 
 
+def wander(port: int, image_id: str, levels: int, requests: int, seed: int) -> None:
+    """Four clients ask for tiles at random places: three of the slide to one of heat."""
+
+    def ask(which: int) -> None:
+        client, rng = Client(port), np.random.default_rng((seed, which))
+        for i in range(requests // 4):
+            level, heat = int(rng.integers(9, levels)), int(rng.integers(0, 5))
+            step, size = (DOWNSAMPLE * 2**heat, 512) if i % 4 == 0 else (2 ** (levels - 1 - level), 254)
+            y, x = (int(rng.integers(0, -(-n // step // size) or 1)) for n in (80_000, 100_000))
+            heat_path = f"/heat/{image_id}/0/0/mean/{heat}/{y}_{x}.bin"
+            client.get(heat_path if i % 4 == 0 else f"/slide/{image_id}/{level}/{x}_{y}.jpg")
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def told(name: str, seconds: list[float]) -> None:
     cuts = statistics.quantiles(seconds, n=100)
     print(
@@ -233,26 +252,16 @@ def main() -> None:
             for path in paths:
                 client.get(path)
             told("8 clients at 4 requests/s, warm", steady(port, paths, 8, 4, asked.seconds))
-            spent = cpu(process)
-            client = Client(port)  # the other's connection was closed while it had nothing to ask
-            memory = [process.memory_info().rss]
-            rng = np.random.default_rng(0)
-            for i in range(asked.requests):
-                level = int(rng.integers(9, 18))
-                shape = [-(-n // 2 ** (levels - 1 - level)) for n in (80_000, 100_000)]
-                y, x = (int(rng.integers(0, -(-n // 254))) for n in shape)
-                if i % 4:
-                    client.get(f"/slide/{image_id}/{level}/{x}_{y}.jpg")
-                else:
-                    heat = int(rng.integers(0, 5))
-                    grid = [-(-n // (DOWNSAMPLE * 2**heat)) for n in (80_000, 100_000)]
-                    r, c = (int(rng.integers(0, -(-n // 512))) for n in grid)
-                    client.get(f"/heat/{image_id}/0/0/mean/{heat}/{r}_{c}.bin")
-                if (i + 1) % (asked.requests // 5) == 0:
-                    memory.append(process.memory_info().rss)
+            wander(port, image_id, levels, asked.requests, 0)  # until what is remembered is full
+            spent, memory = cpu(process), [process.memory_info().rss]
+            for part in range(1, 6):
+                wander(port, image_id, levels, asked.requests // 5, part)
+                memory.append(process.memory_info().rss)
             shown = ", ".join(f"{rss / 2**20:.0f}" for rss in memory)
             spent = (cpu(process) - spent) / asked.requests
-            print(f"resident MiB before and during {asked.requests} requests of random tiles: {shown}")
+            print(
+                f"resident MiB, caches full, before and during {asked.requests} requests of random tiles: {shown}"
+            )
             print(
                 f"server CPU a random tile: {1e3 * spent:.1f} ms; load of the machine {psutil.getloadavg()[0]:.1f}"
             )

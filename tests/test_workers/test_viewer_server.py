@@ -20,7 +20,7 @@ from schemas.run import ImageReport
 from tests.test_workers.viewer_runs import CHANNELS, SLIDE, VOLUME, Served, made_run, served, write_batch
 from workers.readers import open_image
 from workers.store.heatmap import HeatmapStore
-from workers.viewer.work import Answer, Remembered
+from workers.viewer.work import ENTRY_BYTES, Answer, Remembered
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -436,15 +436,15 @@ def test_half_requests_and_noise_leave_the_server_as_it_was(server: Served) -> N
 
 
 def test_what_is_remembered_is_bounded_in_bytes() -> None:
-    kept = Remembered(100)
+    kept = Remembered(3 * (30 + ENTRY_BYTES))
     for i in range(50):
         kept.keep(i, Answer(b"x" * 30, "t", '"e"'))
         kept.get(0)
-    assert kept.held_bytes == 90
+    assert kept.held_bytes == 3 * (30 + ENTRY_BYTES)
     assert kept.get(0) is not None
     assert kept.get(48) is not None
     assert kept.get(1) is None
-    kept.keep("large", Answer(b"x" * 101, "t", '"e"'))
+    kept.keep("large", Answer(b"x" * 4 * ENTRY_BYTES, "t", '"e"'))
     assert kept.get("large") is None
 
 

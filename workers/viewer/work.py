@@ -26,6 +26,10 @@ class Answer:
     """Of what will not change under this name; empty: of the moment, not to be kept by anybody."""
 
 
+ENTRY_BYTES = 1024
+"""What an answer takes besides its body, roughly: white tiles are small and many."""
+
+
 class Remembered:
     """The answers used last, up to so many bytes. Of one thread: that of the event loop."""
 
@@ -41,12 +45,13 @@ class Remembered:
         return answer
 
     def keep(self, key: Hashable, answer: Answer) -> None:
-        if key in self._answers or len(answer.body) > self.most_bytes:
+        size = len(answer.body) + ENTRY_BYTES
+        if key in self._answers or size > self.most_bytes:
             return
         self._answers[key] = answer
-        self.held_bytes += len(answer.body)
+        self.held_bytes += size
         while self.held_bytes > self.most_bytes:
-            self.held_bytes -= len(self._answers.popitem(last=False)[1].body)
+            self.held_bytes -= len(self._answers.popitem(last=False)[1].body) + ENTRY_BYTES
 
 
 class Work:
