@@ -56,6 +56,15 @@ def expect_hot(visit: Visit, hot: tuple[int, int], level: int, size: float) -> N
     np.testing.assert_allclose(found, box - (top, left, top, left), atol=1)
 
 
+def stop_moving(visit: Visit) -> None:
+    """Wait until a movement has ended."""
+    visit.page.evaluate(
+        """async () => {
+            for (let last; last !== (last = JSON.stringify(gigacam.views[0].view()));) await new Promise((d) => setTimeout(d, 250));
+        }"""
+    )
+
+
 @pytest.fixture
 def slide(visit: Visit, ids: dict[str, str]) -> Visit:
     visit.open(f"image/{ids['slide']}", f"#{PLAIN}")
@@ -68,7 +77,7 @@ def test_hot_pixels_lie_where_they_are_at_every_level_and_after_a_resize(slide: 
         for hot in places:
             expect_hot(slide, hot, level, DOWNSAMPLE * 2**level * 0.7)
     expect_hot(slide, HOT[0], 0, 0.21)  # one heatmap px is 19 of the screen's
-    slide.page.set_viewport_size({"width": 901, "height": 613})
+    slide.page.set_viewport_size({"width": 901, "height": 563})
     for level in range(3):
         expect_hot(slide, HOT[1], level, DOWNSAMPLE * 2**level * 0.83)
 
@@ -196,7 +205,7 @@ def test_two_maps_side_by_side_move_together(slide: Visit) -> None:
     left = slide.box(".stage")
     page.mouse.move(left["x"] + 200, left["y"] + 200)
     page.mouse.wheel(0, -400)
-    page.wait_for_timeout(700)
+    stop_moving(slide)
     first, second = page.evaluate("gigacam.views.map((v) => v.view())")
     np.testing.assert_allclose(first, second, rtol=1e-6)
     assert [look["channel"] for look in page.evaluate("gigacam.looks")] == [0, 1]
@@ -207,14 +216,14 @@ def test_two_maps_side_by_side_move_together(slide: Visit) -> None:
 def test_regions_keys_and_picture(slide: Visit) -> None:
     page = slide.page
     page.locator(".regions button").first.click()
-    page.wait_for_timeout(800)
+    stop_moving(slide)
     y, x, _ = page.evaluate("gigacam.views[0].view()")
     assert min(abs(y - (a + 0.5) * DOWNSAMPLE) + abs(x - (b + 0.5) * DOWNSAMPLE) for a, b in HOT) < 64
     page.keyboard.press("?")
     assert "heat on, off" in page.locator("#keys").inner_text()
     page.keyboard.press("Escape")
     page.keyboard.press("0")
-    page.wait_for_timeout(600)
+    stop_moving(slide)
     view = page.evaluate("gigacam.views[0].view()")
     np.testing.assert_allclose(view[:2], [n / 2 for n in SHAPE], rtol=0.01)
     with page.expect_download() as started:

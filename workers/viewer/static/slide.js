@@ -385,7 +385,13 @@ async function start() {
     byId("link").addEventListener("click", copyLink);
     if (image.runs.some(computing)) setTimeout(poll, 3000);
     // for whoever automates the page
-    window.gigacam = { views, tiles, looks, settled: () => tiles.settled };
+    window.gigacam = { views, tiles, looks, settled };
+}
+
+/** Whether all that is seen now has come and is drawn. */
+function settled() {
+    views.forEach((view) => view.layer.draw());
+    return tiles.settled && views.every(({ viewer: { world } }) => world.getItemCount() && world.getItemAt(0).getFullyLoaded());
 }
 
 start().catch((error) => {
