@@ -12,7 +12,7 @@ FIELD := .venv/field
 # Compiling all of 170 packages takes a minute; what is imported is compiled then.
 PIP_FLAGS ?= --quiet --no-compile
 # One process a core; tests that share a Ray or a Prefect server stay together in one.
-PYTEST_FLAGS ?= -n auto --dist loadgroup
+PYTEST_FLAGS ?= -n auto --dist loadgroup --no-loadscope-reorder
 
 # Linux's default torch wheel brings several GB of CUDA. Where there is no GPU, name the index of PyTorch's CPU builds
 # (its installation page has the address): make test TORCH_INDEX=...

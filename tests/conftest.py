@@ -19,14 +19,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
 
-SERVICES = {"ray_session", "prefect_session"}
+SERVICES = {"prefect": "prefect_session", "ray": "ray_session"}
+"""Marks, and the fixture of each; a test of both goes with the first."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        # Under xdist: one process has the session's Ray and Prefect server, and a file's fixtures are made once.
-        shared = SERVICES.intersection(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("services" if shared else item.path.name))
+    groups = {item: _group(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    # The two long chains first and side by side; what is short fills up the end (with --no-loadscope-reorder).
+    items.sort(key=lambda item: groups[item] not in SERVICES)
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
@@ -38,6 +40,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available():
             for item in wants_gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+def _group(item: pytest.Item) -> str:
+    """Under xdist: one process has the session's Prefect server, one its Ray, and a file's fixtures are made once."""
+    names = getattr(item, "fixturenames", ())
+    shared = [m for m, fixture in SERVICES.items() if fixture in names or item.get_closest_marker(m)]
+    return shared[0] if shared else item.path.name
 
 
 @pytest.fixture(scope="session")

@@ -50,17 +50,23 @@ def constant_map() -> nn.Module:
 
 
 def write_factory_card(
-    folder: Path, function: str, args: dict[str, Any], layer: str, classes: tuple[str, ...], **inputs: Any
-) -> str:
+    folder: Path, function: str, args: dict[str, Any], layer: str, classes: tuple[str, ...],
+    weights: dict[str, Tensor] | None = None, **inputs: Any,
+) -> str:  # fmt: skip
     """Card of a network made by a function of this module."""
     folder.mkdir(parents=True, exist_ok=True)
+    loaded = {}
+    if weights is not None:
+        save_file(weights, folder / "weights.safetensors")
+        sha256 = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+        loaded = {"weights": "weights.safetensors", "sha256": sha256}
     card = ModelCard(
         schema=1,
         name=function,
         version="1",
         licence="Apache-2.0",
         intended_use="tests",
-        network=NetworkSpec(adapter="factory", name=f"{__name__}:{function}", args=args),
+        network=NetworkSpec(adapter="factory", name=f"{__name__}:{function}", args=args, **loaded),
         input=InputSpec(**inputs),
         output=OutputSpec(kind="logits", classes=classes),
         cam=CamLayer(layer=layer),
@@ -102,6 +108,41 @@ def write_densenet_card(folder: Path, kind: str, **inputs: Any) -> str:
     )
     write_card(folder / "model.toml", card)
     return str(folder / "model.toml")
+
+
+class SmallNet(nn.Module):
+    """Strided and padded convolutions, norms, both kinds of pooling: all that rounds, and seconds less to import than MONAI."""
+
+    def __init__(self, ndim: int, channels: int) -> None:
+        super().__init__()
+        conv, norm = (nn.Conv2d, nn.Conv3d)[ndim - 2], (nn.BatchNorm2d, nn.BatchNorm3d)[ndim - 2]
+        largest, mean = (nn.MaxPool2d, nn.MaxPool3d)[ndim - 2], (nn.AvgPool2d, nn.AvgPool3d)[ndim - 2]
+        self.features = nn.Sequential(
+            conv(channels, 8, 7, stride=2, padding=3, bias=False), norm(8), nn.ReLU(), largest(3, 2, 1),
+            conv(8, 16, 3, padding=1, bias=False), norm(16), nn.ReLU(), mean(2),
+            conv(16, 24, 3, padding=1, bias=False), norm(24),
+        )  # fmt: skip
+        self.relu = nn.ReLU()
+        self.out = nn.Linear(24, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.out(self.relu(self.features(x)).flatten(2).mean(2))
+        return scores
+
+
+def small_net(ndim: int, channels: int) -> nn.Module:
+    return SmallNet(ndim, channels)
+
+
+def write_convnet_card(folder: Path, kind: str, **inputs: Any) -> str:
+    """Card of `small_net` with fixed random weights."""
+    inputs = {"channels": 3 if kind == "slide" else 1, **inputs}
+    args = {"ndim": 2 if kind == "slide" else 3, "channels": inputs["channels"]}
+    torch.manual_seed(0)
+    state = small_net(**args).state_dict()
+    return write_factory_card(
+        folder, "small_net", args, "relu", ("benign", "tumour"), weights=state, kind=kind, **inputs
+    )
 
 
 class SlowPooledChannels(PooledChannels):

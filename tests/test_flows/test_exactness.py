@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from schemas.heatmap import Coverage, HeatmapSpec
-from tests.test_flows.networks import write_densenet_card, write_factory_card
+from tests.test_flows.networks import write_convnet_card, write_factory_card
 from tests.test_flows.runs import centres_l0, explain, heatmap_of, values_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -136,7 +136,7 @@ def test_a_volume_comes_back_at_its_own_place(tmp_path: Path) -> None:
 
 
 def test_finite_is_coverage_1_at_every_level_and_channel(tmp_path: Path) -> None:
-    card = write_densenet_card(tmp_path / "m", "slide", tile=(64, 64), mpp=1.0)
+    card = write_convnet_card(tmp_path / "m", "slide", tile=(64, 64), mpp=1.0)
     slide = "procedural:slide?width=5003&height=4001&tissue=0.3&seed=2"
     report = explain(
         slide, card, tmp_path / "out", methods=("gradcam", "eigencam"), heatmap=HeatmapSpec(downsample=2)

@@ -31,7 +31,7 @@ from flows.progress import LISTENER, Event
 from flows.settings import resolve_pool
 from schemas.errors import SpecError
 from schemas.run import ExplainRequest, PoolSettings, RunReport
-from tests.test_flows.networks import write_densenet_card, write_factory_card
+from tests.test_flows.networks import write_convnet_card, write_factory_card
 from tests.test_flows.runs import explain as explain_directly
 from tests.test_flows.runs import heatmap_of, stored_bytes
 
@@ -48,7 +48,7 @@ pytestmark = [pytest.mark.prefect, pytest.mark.usefixtures("prefect_session", "n
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_densenet_card(tmp_path_factory.mktemp("card"), "slide", tile=(224, 224), mpp=1.0)
+    return write_convnet_card(tmp_path_factory.mktemp("card"), "slide", tile=(224, 224), mpp=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_images_of_one_name_are_kept_apart(card: str, tmp_path: Path) -> None:
 
 
 def test_volumes_come_back_on_their_own_affine(tmp_path: Path) -> None:
-    card = write_densenet_card(
+    card = write_convnet_card(
         tmp_path / "card", "volume", tile=(32, 32, 32), spacing_mm=(3.0, 3.0, 3.0), scale=(0.0, 1000.0)
     )
     report = run_flow("volumes", (str(CT), str(MR)), card, tmp_path / "out", SERIAL)

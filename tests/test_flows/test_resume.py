@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import zarr
 from typer.testing import CliRunner
 from zarr.storage import LocalStore
 
-from flows.cli import app
+from flows.cli import app, main
 from schemas.heatmap import HeatmapSpec, TileStatus
 from schemas.run import RunReport
 from tests.test_flows.networks import write_factory_card
@@ -27,7 +28,8 @@ from workers.stitching.grid import all_blocks
 from workers.store.heatmap import HeatmapStore
 from workers.store.tiles import TilesStore
 
-SLIDE = "procedural:slide?width=3001&height=2503&tissue=0.4&seed=5"
+SLIDE = "procedural:slide?width=701&height=2503&tissue=0.4&seed=5"
+"""Tall: its upper block is finished while tiles of the lower one are still to come."""
 STORES = ("tiles.zarr", "heatmap.ome.zarr")
 SLOW_S = 0.25
 """A unit of the slow network takes this long: time to be stopped in."""
@@ -38,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 def write_card(folder: Path, function: str = "pooled_channels", **args: Any) -> str:
     return write_factory_card(
         folder, function, {"cell": 16, **args}, "pool", ("r", "g", "b"),
-        kind="slide", channels=3, tile=(256, 256), mpp=0.5, scale=(0.0, 255.0),
+        kind="slide", channels=3, tile=(128, 128), mpp=0.5, scale=(0.0, 255.0),
     )  # fmt: skip
 
 
@@ -76,23 +78,33 @@ ASKED: dict[str, Any] = {
 }
 
 
+FORKS = multiprocessing.get_context("forkserver")
+"""Where processes of their own come from that need not import torch first, each for itself."""
+FORKS.set_forkserver_preload(["flows.batch", "flows.steps", "workers.stitcher", "tests.test_flows.networks"])
+
+
+def command_line(words: list[str], said: Path) -> None:
+    """Be the command line; what it says on standard error goes to a file."""
+    with said.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    main(words)
+
+
 class TestStoppedFromOutside:
     """Signals to a process that computes, in a row: each run goes on where the one before was stopped."""
 
-    def start(self, card: str, out: Path) -> subprocess.Popen[str]:
+    def start(self, card: str, out: Path) -> BaseProcess:
         words = [
             "explain", SLIDE, "--model", card, "--out", str(out), "--pool", "serial", "--direct", "--threads", "1", "--tissue", "none", "--unit", str(UNIT), "--downsample", "1",
         ]  # fmt: skip
-        return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *words],
-            cwd=Path(__file__).parents[2], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        process = FORKS.Process(target=command_line, args=(words, out.with_suffix(".txt")))
+        process.start()
+        return process
 
-    def wait_until(self, process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    def wait_until(self, process: BaseProcess, out: Path, reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
         while not reached():
-            assert process.poll() is None, process.communicate()
+            assert process.is_alive(), out.with_suffix(".txt").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
@@ -117,19 +129,22 @@ class TestStoppedFromOutside:
                 for p in (folder / "heatmap.ome.zarr" / "blocks").glob("[0-9]*")
             )
 
-        process = self.start(card, tmp_path / "out")
-        self.wait_until(process, lambda: units_done() >= 3)
+        out = tmp_path / "out"
+        process = self.start(card, out)
+        self.wait_until(process, out, lambda: units_done() >= 3)
         process.kill()
-        process.communicate()
+        process.join()
         killed_at = units_done()
         assert 3 <= killed_at < tiles.info.units
         before = unit_files(folder)
 
-        process = self.start(card, tmp_path / "out")
-        self.wait_until(process, lambda: units_done() >= killed_at + 2)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 130
+        process = self.start(card, out)
+        self.wait_until(process, out, lambda: units_done() >= killed_at + 2)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 130
+        said = out.with_suffix(".txt").read_text()
         assert "run the same command again to resume" in said.splitlines()[-1]
         interrupted_at = units_done()
         assert killed_at + 2 <= interrupted_at < tiles.info.units
@@ -140,16 +155,17 @@ class TestStoppedFromOutside:
         assert done
         assert all(now[p] == before[p] for p in done)
 
-        process = self.start(card, tmp_path / "out")
-        self.wait_until(process, lambda: blocks_done() >= 1)
+        process = self.start(card, out)
+        self.wait_until(process, out, lambda: blocks_done() >= 1)
         process.kill()
-        process.communicate()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         killed_at = units_done()
         grid = HeatmapStore.open(whole / STORES[1]).grid
         blocks = sum(len(all_blocks(grid, level)) for level in range(len(grid.levels)))
         assert 1 <= blocks_done() < blocks
 
-        resumed = explain(SLIDE, card, tmp_path / "out", **ASKED)
+        resumed = explain(SLIDE, card, out, **ASKED)
         assert resumed.images[0].status == "complete"
         pending = tiles.info.planned - UNIT * killed_at
         assert resumed.images[0].provenance["tiles_this_run"] == max(0, pending)
@@ -196,7 +212,7 @@ KILLS = 12
 
 def test_killed_in_the_middle_of_a_write(tmp_path: Path, card: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a dozen places from the first metadata to the last block: units half written, blocks half written."""
-    slide = SLIDE.replace("3001", "1201").replace("2503", "901")
+    slide = SLIDE.replace("701", "601").replace("2503", "451")
     with monkeypatch.context() as patched:
         disk = DyingDisk(patched)
         undisturbed = explain(slide, card, tmp_path / "whole", **SMALL)

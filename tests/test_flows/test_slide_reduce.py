@@ -15,7 +15,7 @@ from schemas.geometry import Box
 from schemas.heatmap import HeatmapSpec
 from schemas.image import ImageRequest
 from schemas.run import ExplainRequest, GroupTask, PoolSettings, Report, RunReport
-from tests.test_flows.networks import write_densenet_card
+from tests.test_flows.networks import write_convnet_card
 from tests.test_flows.runs import explain, stored_bytes, tiles_of
 from tests.test_flows.test_resume import DyingDisk, Killed
 from workers.costs import summarise
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_densenet_card(tmp_path_factory.mktemp("card"), "slide", tile=(128, 128), mpp=1.0)
+    return write_convnet_card(tmp_path_factory.mktemp("card"), "slide", tile=(128, 128), mpp=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_it_is_the_direction_of_all_tiles_at_once(card: str, serial: RunReport, 
 
 
 def test_a_volume(tmp_path: Path) -> None:
-    card = write_densenet_card(tmp_path / "m", "volume", tile=(32, 32, 48), spacing_mm=(1.0, 1.0, 1.0))
+    card = write_convnet_card(tmp_path / "m", "volume", tile=(32, 32, 48), spacing_mm=(1.0, 1.0, 1.0))
     volume = "procedural:volume?shape=48,64,96&spacing=1,1,1&seed=3"
     method = "eigengradcam_slide"
     report = explain(volume, card, tmp_path / "out", methods=(method,), tissue="none", unit=2)
