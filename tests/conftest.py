@@ -46,15 +46,17 @@ def _group(item: pytest.Item) -> str:
     """Under xdist: one process has the session's Prefect server, one its Ray, and a file's fixtures are made once."""
     names = getattr(item, "fixturenames", ())
     shared = [m for m, fixture in SERVICES.items() if fixture in names or item.get_closest_marker(m)]
+    if "browser" in names:  # one process starts it
+        return "browser"
     return shared[0] if shared else item.path.name
 
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A local Ray of 4 logical CPUs, whatever the machine has; pools opened meanwhile join it."""
+    """A local Ray of 6 logical CPUs, whatever the machine has; pools opened meanwhile join it."""
     from workers.ray_pool import start_ray  # before ray, as it sets what ray reads on import
 
-    started = start_ray("local", cpus=4)
+    started = start_ray("local", cpus=6)
     import ray
 
     yield

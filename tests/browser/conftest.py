@@ -30,8 +30,9 @@ def chromium() -> str | None:
     return os.environ.get("GIGACAM_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
+    """Closed when the last test here is done: while it runs, no other test of the process could run an event loop."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; the extra 'test' has it")
     path = chromium()
     if path is None:
@@ -42,7 +43,7 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, dict[str, str]]]:
     """The viewer over a slide and volumes with planted heat; their ids by name."""
     out, inputs = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("inputs")
@@ -100,7 +101,7 @@ class Visit:
         return {side: box[side] for side in ("x", "y", "width", "height")}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def context(browser: Browser) -> BrowserContext:
     """One for all tests: what one page has fetched, the next need not."""
     return browser.new_context(viewport=WINDOW, accept_downloads=True)  # type: ignore[arg-type]
@@ -117,6 +118,6 @@ def visit(context: BrowserContext, planted: tuple[Served, dict[str, str]]) -> It
     assert not visit.complaints
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ids(planted: tuple[Served, dict[str, str]]) -> dict[str, str]:
     return planted[1]

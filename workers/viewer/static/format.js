@@ -56,3 +56,7 @@ export function duration(seconds) {
     if (seconds < 90) return `${number(seconds, 2)} s`;
     return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${number(seconds / 3600, 2)} h`;
 }
+
+/** A score of a report: over tiles it has a mean and a highest value, of a bag it is one number. */
+export const scoreWords = ({ mean, highest, quantity }) =>
+    highest === null ? `${number(mean)} (${quantity})` : `mean ${number(mean)}, highest ${number(highest)} (${quantity})`;

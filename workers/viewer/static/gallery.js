@@ -10,7 +10,7 @@ let folders = [];
 const cards = new Map(); // image id -> {key, element}: only what has changed is drawn again
 
 const best = (image, of) => Math.max(-Infinity, ...image.runs.map(of));
-const score = (run) => Math.max(-Infinity, ...(run.prediction ?? []).map((p) => p.highest));
+const score = (run) => Math.max(-Infinity, ...(run.prediction ?? []).map((p) => p.highest ?? p.mean));
 const auroc = (run) => Math.max(-Infinity, ...Object.values(run.auroc ?? {}));
 const WORST_FIRST = ["failed", "gaps", "interrupted", "computing", "not started", "duplicate", "complete"];
 const rank = (run) => WORST_FIRST.indexOf(run.status);
@@ -64,10 +64,11 @@ const page = (image, hash = "") => address("image", image.id) + hash;
 
 function card(image) {
     const able = image.runs.filter((run) => run.methods?.length);
+    const openable = image.kind !== null;
     return el("section", { className: "image", attrs: { "data-id": image.id } },
         el("div", {},
-            el("h2", {}, el("a", { href: page(image), textContent: image.name })),
-            el("span", { className: "quiet", textContent: image.kind + (image.source_available ? "" : ", source not found") }),
+            el("h2", { title: image.name }, openable ? el("a", { href: page(image), textContent: image.name }) : image.name),
+            el("span", { className: "quiet", textContent: openable ? image.kind + (image.source_available ? "" : ", source not found") : "" }),
             able.length > 1 && image.kind === "slide"
                 ? el("a", { href: page(image, `#a.run=${able[0].run}&b.run=${able[1].run}&b.ch=0`), textContent: "Compare the runs" }) : null),
         el("div", { className: "runs" }, ...image.runs.map((run) => runCard(image, run))));
@@ -79,16 +80,21 @@ function runCard(image, run) {
     const methods = (run.methods ?? []).join(", ");
     const scores = (run.prediction ?? []).slice(0, 3).map((one) => el("div", { className: "line" },
         el("span", { textContent: one.target, title: one.target }),
-        el("span", { className: "number", textContent: `mean ${number(one.mean)}, highest ${number(one.highest)}`, title: one.quantity })));
+        el("span", {
+            className: "number", title: one.quantity,
+            textContent: one.highest === null ? number(one.mean) : `mean ${number(one.mean)}, highest ${number(one.highest)}`,
+        })));
     const known = Object.entries(run.auroc ?? {}).map(([name, value]) => el("div", { className: "line" },
-        el("span", { textContent: name, title: name }), el("span", { className: "number", textContent: `AUROC ${number(value)}` })));
+        el("span", { textContent: name, title: `${name}: ${run.auroc_of || "AUROC"}` }), el("span", { className: "number", textContent: `AUROC ${number(value)}` })));
     return el("div", { className: "run", attrs: { "data-run": run.run } },
         thumbnail(image, run),
         el("div", { className: "text" },
             el("div", { className: "line" },
                 el("span", { textContent: methods || label || "no heatmap", title: methods }),
                 el("span", { className: "chip", textContent: run.status, attrs: { "data-status": run.status } })),
-            methods && label ? el("div", { className: "line quiet" }, el("span", { textContent: label, title: label })) : null,
+            methods && (label || run.model) ? el("div", { className: "line quiet" },
+                el("span", { textContent: label || run.model, title: label }),
+                label && run.model ? el("span", { textContent: run.model }) : null) : null,
             run.error ? el("div", { className: "error", textContent: run.error }) : null,
             ...scores, ...known,
             computing(run) && p.blocks_total
@@ -100,7 +106,8 @@ function runCard(image, run) {
 
 function thumbnail(image, run) {
     const href = page(image, image.runs.length > 1 ? `#a.run=${run.run}` : "");
-    const link = el("a", { className: "picture", href, attrs: { "aria-label": `Open ${image.name}` } });
+    const link = el("a", { className: "picture", attrs: { "aria-label": `Open ${image.name}` } });
+    if (image.kind !== null) link.href = href;
     const none = () => {
         link.classList.add("none");
         link.replaceChildren("no picture");

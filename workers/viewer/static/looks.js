@@ -64,6 +64,7 @@ export function legendOf(image, look, channel, { hatch, volume = false }) {
     else swatches.push({ text: `not evaluated${volume && failed ? ", or failed" : ""}: no colour` });
     if (failed && !volume) swatches.push({ hatch: "failed", text: "failed: no value" });
     if (!run.complete && !volume) swatches.push({ hatch: "pending", text: "not computed yet" });
-    const ends = [full[0] < look.window[0] * (1 - 1e-6) - 1e-12, full[1] > look.window[1] * (1 + 1e-6)];
+    const [lo, hi] = look.window;
+    const ends = [full[0] < lo - 1e-6 * (hi - lo), full[1] > hi + 1e-6 * (hi - lo)]; // values beyond the window
     return { title: channel.title ? `${channel.title}` : channel.label, lines, look, unit: channel.unit, ends, swatches };
 }

@@ -41,7 +41,7 @@ export class MapPanel {
         this.high = el("input", { type: "number", step: "any", attrs: { "aria-label": "Window to" } });
         this.lowRange = el("input", { type: "range", attrs: { "aria-label": "Window from" } });
         this.highRange = el("input", { type: "range", attrs: { "aria-label": "Window to" } });
-        this.published = el("button", { textContent: "Published", title: "The window the run was published with (w)" });
+        this.published = el("button", { textContent: "Published", title: "The window the run was published with, one for the whole image (w)" });
         this.full = el("button", { textContent: "Full range", title: "From the smallest to the largest value (W)" });
         this.threshold = el("input", { type: "range", title: "Below: transparent", attrs: { "aria-label": "Threshold" } });
         this.thresholdText = el("input", { type: "number", step: "any", placeholder: "off", attrs: { "aria-label": "Threshold" } });

@@ -2,11 +2,11 @@
 
 import { address, computing, getJson, imageId } from "./api.js";
 import { byId, download, el, say } from "./dom.js";
-import { COVERAGE_WORDS, EVALUATED, grouped, length, number, sides } from "./format.js";
+import { COVERAGE_WORDS, EVALUATED, grouped, length, number, scoreWords, sides } from "./format.js";
 import { Pyramid, Tiles } from "./heat.js";
 import { listen } from "./keys.js";
 import { channelOf, decided, legendOf, mapped, runOf } from "./looks.js";
-import { MapPanel, facts, section } from "./panel.js";
+import { MapPanel, facts, row, section } from "./panel.js";
 import { picture } from "./screenshot.js";
 import { newLook, readState, writeState } from "./state.js";
 import { SlideView } from "./view.js";
@@ -17,7 +17,7 @@ const looks = [];
 const views = [];
 let active = 0;
 let driver = 0; // the view that was moved last: the other follows
-const extra = { hatch: "", regions: "" };
+const extra = { hatch: "", regions: "", sign: "" };
 const tiles = new Tiles({
     loaded: () => views.forEach((view) => loaded(view)),
     failed: (message) => say(message, { error: true }),
@@ -177,6 +177,9 @@ function pointed(view, point) {
 // ---- regions ----
 
 const regionList = el("ol", { className: "regions" });
+const sign = el("select", { title: "Which end of the map" },
+    el("option", { value: "", textContent: "for the target" }), el("option", { value: "negative", textContent: "against the target" }));
+const signRow = row("Most", sign);
 const marks = el("input", { type: "checkbox", id: "marks", title: "Outline the regions (g)" });
 let regionsKey;
 
@@ -184,13 +187,15 @@ async function loadRegions() {
     const look = looks[active];
     const channel = channelOf(image, look);
     const run = runOf(image, look);
-    const key = `${mapKey(look)}/${run.progress?.blocks_done ?? ""}/${run.complete}`;
+    signRow.hidden = !channel.signed;
+    sign.value = extra.sign === "negative" ? "negative" : "";
+    const key = `${mapKey(look)}/${run.progress?.blocks_done ?? ""}/${run.complete}/${sign.value}`;
     const outlined = () => views.forEach((view, i) => view.setRegions(extra.regions === "1" && i === active ? regions : []));
     if (key === regionsKey) return outlined();
     regionsKey = key;
     regions = [];
     try {
-        const url = `${address("api", "images", id, run.run, "top")}?channel=${channel.index}&k=10`;
+        const url = `${address("api", "images", id, run.run, "top")}?channel=${channel.index}&k=10${channel.signed ? `&sign=${sign.value || "positive"}` : ""}`;
         const found = await getJson(url);
         if (key !== regionsKey) return undefined;
         regions = found;
@@ -224,13 +229,17 @@ const tabs = el("div", { className: "tabs", attrs: { role: "group", "aria-label"
 const about = el("div");
 
 function buildPanel() {
-    const check = (input, text) => el("div", { className: "row" }, el("label", { htmlFor: input.id, textContent: text }), input);
+    const check = (input, text) => row(text, input);
     hatch.addEventListener("change", () => toggle("hatch"));
     marks.addEventListener("change", () => toggle("regions"));
+    sign.addEventListener("change", () => {
+        extra.sign = sign.value;
+        refresh();
+    });
     byId("panel").append(
         tabs, panel.element,
         section("Places without a value", check(hatch, "Hatch not evaluated")),
-        section("Strongest regions", regionList, check(marks, "Outline")),
+        section("Strongest regions", signRow, regionList, check(marks, "Outline")),
         el("details", {}, el("summary", { textContent: "About this map" }), about),
     );
 }
@@ -253,8 +262,8 @@ function showFacts() {
         ["Method", [channel.title || channel.method, channel.edition].filter(Boolean).join(", ")],
         ["Native cell", channel.native_cell_l0 ? sides(channel.native_cell_l0.map((n, i) => n * spacing[i]), unit) : null],
         ["Heatmap px", sides(run.grid.downsample.map((n, i) => n * spacing[i]), unit)],
-        ["AUROC", channel.auroc],
-        ...(run.prediction ?? []).map((p) => [`Score, ${p.target}`, `mean ${number(p.mean)}, highest ${number(p.highest)} (${p.quantity})`]),
+        [run.auroc_of ? `AUROC, ${run.auroc_of}` : "AUROC", channel.auroc],
+        ...(run.prediction ?? []).map((p) => [`Score, ${p.target}`, scoreWords(p)]),
         ["Tiles", run.counts ? `${run.counts.done} of ${run.counts.planned} done, ${run.counts.failed} failed` : null],
         ["Model", short.model], ["Digest", short.digest?.slice(0, 16)], ["Precision", short.precision], ["Made", short.created],
         ["Slide", `${grouped(shape[1])} × ${grouped(shape[0])} px of ${sides(spacing, unit)}`],

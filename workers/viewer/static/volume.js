@@ -2,7 +2,7 @@
 
 import { address, computing, getJson, imageId } from "./api.js";
 import { byId, download, el, say, sharpCanvas } from "./dom.js";
-import { number, sides } from "./format.js";
+import { number, scoreWords, sides } from "./format.js";
 import { LEGEND_WIDTH, drawLegend, legendText } from "./furniture.js";
 import { listen } from "./keys.js";
 import { channelOf, decided, legendOf, mapped, runOf } from "./looks.js";
@@ -253,8 +253,8 @@ function showFacts() {
         ["Method", [channel.title || channel.method, channel.edition].filter(Boolean).join(", ")],
         ["Native cell", channel.native_cell_l0 ? sides(channel.native_cell_l0.map((n, i) => n * spacing[i]), unit) : null],
         ["Heatmap voxel", sides(run.grid.downsample.map((n, i) => n * spacing[i]), unit)],
-        ["AUROC", channel.auroc],
-        ...(run.prediction ?? []).map((p) => [`Score, ${p.target}`, `mean ${number(p.mean)}, highest ${number(p.highest)} (${p.quantity})`]),
+        [run.auroc_of ? `AUROC, ${run.auroc_of}` : "AUROC", channel.auroc],
+        ...(run.prediction ?? []).map((p) => [`Score, ${p.target}`, scoreWords(p)]),
         ["Tiles", run.counts ? `${run.counts.done} of ${run.counts.planned} done, ${run.counts.failed} failed` : null],
         ["Model", short.model], ["Digest", short.digest?.slice(0, 16)], ["Precision", short.precision], ["Made", short.created],
         ["Volume", `${[...shape].reverse().join(" × ")} voxels of ${sides(spacing, unit)}`],
