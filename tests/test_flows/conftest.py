@@ -2,16 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import flows.batch
 import workers.export.overview
 from schemas.errors import SourceError
 from schemas.geometry import Box
+from schemas.run import PoolSettings, Report
+from workers.pool import Pool, Stage, Task
 from workers.readers.procedural import ProceduralReader
+
+
+@dataclass
+class Lent:
+    """A pool that the run it is lent to does not end."""
+
+    pool: Pool
+
+    @property
+    def description(self) -> str:
+        return self.pool.description
+
+    @property
+    def capacity(self) -> int:
+        return self.pool.capacity
+
+    def run(self, stage: Stage, tasks: Iterable[Task]) -> Iterator[Report]:
+        return self.pool.run(stage, tasks)
+
+    def close(self) -> None:
+        """Its owner does."""
+
+
+@pytest.fixture(scope="session")
+def actors(ray_session: None) -> Iterator[Pool]:
+    """Three Ray actors of one thread: they serve run after run, so that torch is imported three times, not thirty."""
+    from workers.ray_pool import RayPool
+
+    pool = RayPool(PoolSettings(kind="ray", workers=3, threads=1))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def three_actors(actors: Pool, monkeypatch: pytest.MonkeyPatch) -> PoolSettings:
+    """Runs go to the three actors; what to ask for."""
+    monkeypatch.setattr(flows.batch, "open_pool", lambda _: Lent(actors))
+    return PoolSettings(kind="ray", workers=3, threads=1)
 
 
 @pytest.fixture

@@ -86,13 +86,12 @@ def test_shuffled_units_give_the_same_bytes(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("actors", [1, 2, 3])
 def test_ray_actors_give_the_same_bytes(
-    tmp_path: Path, card: str, serial: RunReport, ray_session: None, actors: int
+    tmp_path: Path, card: str, serial: RunReport, three_actors: PoolSettings
 ) -> None:
-    pool = PoolSettings(kind="ray", workers=actors, threads=1)
-    report = explain(SLIDE, card, tmp_path, pool=pool, **ASKED)
-    assert "ray" in report.pool
+    """Three, that is; one does in `test_explain_flow`."""
+    report = explain(SLIDE, card, tmp_path, pool=three_actors, **ASKED)
+    assert "ray local, 3 CPU actors" in report.pool
     assert_same_bytes(serial, report)
 
 

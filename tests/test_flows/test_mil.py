@@ -157,12 +157,10 @@ def test_a_bag_method_is_painted_over_its_tiles(serial: RunReport) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("actors", [2])
 def test_ray_actors_give_the_same_bytes(
-    tmp_path: Path, card: str, serial: RunReport, ray_session: None, actors: int
+    tmp_path: Path, card: str, serial: RunReport, three_actors: PoolSettings
 ) -> None:
-    pool = PoolSettings(kind="ray", workers=actors, threads=1)
-    report = explain(SLIDE, card, tmp_path, pool=pool, **ASKED)
+    report = explain(SLIDE, card, tmp_path, pool=three_actors, **ASKED)
     assert report.images[0].status == "complete"
     assert_same_stores(folder_of(report), folder_of(serial))
     assert report.images[0].bag == serial.images[0].bag
