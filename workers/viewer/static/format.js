@@ -10,14 +10,22 @@ export const COVERAGE_WORDS = [
 
 const RAISED = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
 
+/** A power of ten, written. */
+export const tenTo = (power) => `10${[...String(power)].map((sign) => RAISED[sign]).join("")}`;
+
+/** What to divide a scale's numbers by, as a power of ten, so that they stay short; mostly 0. */
+export function commonPower(numbers) {
+    const power = Math.floor(Math.log10(Math.max(...numbers.map(Math.abs))));
+    return power > -3 && power < 4 ? 0 : power;
+}
+
 /** Significant digits, a true minus sign, a written power of ten where the number is very small or large. */
 export function number(value, digits = 3) {
     if (value === null || value === undefined || Number.isNaN(value)) return "–";
     const size = Math.abs(value);
     if (size !== 0 && (size < 1e-3 || size >= 1e5)) {
         const [mantissa, power] = value.toExponential(digits - 1).split("e");
-        const raised = [...String(Number(power))].map((sign) => RAISED[sign]).join("");
-        return `${mantissa.replace("-", "−")} × 10${raised}`;
+        return `${mantissa.replace("-", "−")} × ${tenTo(Number(power))}`;
     }
     return String(Number(value.toPrecision(digits))).replace("-", "−");
 }

@@ -1,7 +1,7 @@
 // Legend and scale bar, drawn on canvases: the same code draws them on the page and into a screenshot.
 
 import { cssColour, hidden } from "./colours.js";
-import { length, niceLength, number, unitWords } from "./format.js";
+import { commonPower, length, niceLength, number, tenTo, unitWords } from "./format.js";
 import { hatch } from "./layer.js";
 
 const FONT = "12px system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
@@ -113,16 +113,17 @@ function drawBar(context, { look }, x, y, width) {
 }
 
 function drawTicks(context, { look, unit, ends }, x, y, width) {
-    const [lo, hi] = look.window;
+    const power = commonPower(look.window);
+    const [lo, hi] = look.window.map((value) => number(value / 10 ** power));
     context.font = SMALL;
     context.fillStyle = "#f2f4f6";
     context.textAlign = "left";
-    context.fillText(`${ends[0] ? "≤ " : ""}${number(lo)}`, x, y);
+    context.fillText(`${ends[0] ? "≤ " : ""}${lo}`, x, y);
     context.textAlign = "right";
-    context.fillText(`${ends[1] ? "≥ " : ""}${number(hi)}`, x + width, y);
+    context.fillText(`${ends[1] ? "≥ " : ""}${hi}`, x + width, y);
     context.textAlign = "center";
     context.fillStyle = "#c9ced4";
-    context.fillText(unitWords(unit), x + width / 2, y);
+    context.fillText(power ? `${unitWords(unit)}, × ${tenTo(power)}` : unitWords(unit), x + width / 2, y);
     context.textAlign = "left";
 }
 

@@ -94,9 +94,8 @@ async function split(on) {
         const place = views[0].view();
         const view = addView();
         await view.ready;
-        views.forEach((v) => v.viewer.forceResize());
-        view.setView(place);
-        views[0].setView(place);
+        await Promise.all(views.map((v) => v.sized()));
+        views.forEach((v) => v.setView(place));
     } else if (!on && views.length === 2) {
         looks.pop();
         views.pop().destroy();
@@ -265,7 +264,7 @@ function showFacts() {
         [run.auroc_of ? `AUROC, ${run.auroc_of}` : "AUROC", channel.auroc],
         ...(run.prediction ?? []).map((p) => [`Score, ${p.target}`, scoreWords(p)]),
         ["Tiles", run.counts ? `${run.counts.done} of ${run.counts.planned} done, ${run.counts.failed} failed` : null],
-        ["Model", short.model], ["Digest", short.digest?.slice(0, 16)], ["Precision", short.precision], ["Made", short.created],
+        ["Not complete", run.error], ["Model", short.model], ["Digest", short.digest?.slice(0, 16)], ["Precision", short.precision], ["Made", short.created],
         ["Slide", `${grouped(shape[1])} × ${grouped(shape[0])} px of ${sides(spacing, unit)}`],
         ["Scanner", [vendor, objective ? `${objective}×` : ""].filter(Boolean).join(", ")],
         ["Stored as", run.raw],
@@ -282,6 +281,7 @@ function showHead() {
     const p = run.progress;
     byId("progress").textContent = !run.complete && p?.blocks_total
         ? `${Math.floor((100 * p.blocks_done) / p.blocks_total)} % of the heatmap written` : run.error || "";
+    byId("progress").title = run.error || "";
     if (!image.source.available) say(`The slide itself cannot be shown: ${image.source.reason}`, { error: true });
 }
 
@@ -386,6 +386,7 @@ async function start() {
     const first = addView();
     refresh();
     await first.ready;
+    await first.sized();
     if (view?.length === 3) first.setView(view);
     if (looks.length > 1) await split(true);
     keys();

@@ -1,6 +1,6 @@
 // One slide under one map: OpenSeadragon, the heat layer, legend, scale bar and marks.
 
-import { address } from "./api.js";
+import { address, reason } from "./api.js";
 import { sharpCanvas } from "./dom.js";
 import { LEGEND_WIDTH, SCALE_HEIGHT, drawLegend, drawScale, legendText, scaleBar } from "./furniture.js";
 import { length, number } from "./format.js";
@@ -79,12 +79,22 @@ export class SlideView {
         });
         this.viewer.addHandler("resize", () => requestAnimationFrame(() => this.#placeLegend()));
         let told = false;
-        this.viewer.addHandler("tile-load-failed", ({ message }) => {
-            if (!told) failed(`A tile of the slide could not be read: ${message}`);
+        this.viewer.addHandler("tile-load-failed", async ({ tile }) => {
+            if (told) return;
             told = true;
+            const response = await fetch(tile.getUrl()); // OpenSeadragon does not hear why
+            if (!response.ok) failed(`Part of the slide cannot be shown: ${await reason(response)}`);
         });
         this.stage.addEventListener("pointermove", (event) => pointed(this, this.#pointAt(event)));
         this.stage.addEventListener("pointerleave", () => pointed(this, null));
+    }
+
+    /** Resolves once OpenSeadragon, which looks at its size only between frames, knows the size it has now. */
+    async sized() {
+        while (Math.abs(this.viewer.viewport.getContainerSize().x - this.stage.clientWidth) > 1) {
+            this.viewer.forceResize();
+            await new Promise(requestAnimationFrame);
+        }
     }
 
     destroy() {
