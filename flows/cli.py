@@ -48,6 +48,7 @@ from flows.options import (
     Tissue,
     Unit,
     Upsampling,
+    Words,
     WorkerCount,
     explain_request,
     pool_settings,
@@ -156,6 +157,7 @@ def explain(image: Images, model: ModelCardPath, out: Out, method: Methods = "",
             fresh: Annotated[bool, typer.Option("--fresh", help="Where OUT holds a result of another request, move it aside first.")] = False,
             retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute tiles that failed before once more.")] = False,
             direct: Direct = False,
+            words: Words = 0,
             strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that is not complete.")] = False,
             image_id: ImageIdStyle = "stem", export: Exports = "", as_json: AsJson = False) -> None:  # fmt: skip
     """Explain images: tiles, class activation maps, stitched heatmap pyramids."""
@@ -259,6 +261,13 @@ def demo(
             "--methods", help="CAM methods, comma separated; all: every method. Default: a quick selection."
         ),
     ] = "",
+    mil: Annotated[
+        bool,
+        typer.Option(
+            "--mil",
+            help="The demo of bags instead: 40 slides, two heads trained on them, two held-out slides explained.",
+        ),
+    ] = False,
     pool: PoolKind = "ray",
     workers: WorkerCount = None,
     threads: Threads = None,
@@ -269,6 +278,13 @@ def demo(
     settings = pool_settings(pool, "", workers, threads)
     names = words(methods)
     _check_demo(names, slide)
+    if mil:
+        if slide or "all" in names:
+            msg = "--mil: takes no --slide, and --methods by name: inside the tiles of a bag not every method can be had"
+            raise SpecError(msg)
+        from flows.demo_mil import run_mil_demo
+
+        _exit(run_mil_demo(Path(out), names, settings, seed, direct).exit_code)
     from flows.demo import run_demo
 
     _exit(run_demo(Path(out), slide, names, settings, seed, direct).exit_code)

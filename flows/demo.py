@@ -67,7 +67,7 @@ def run_demo(
     volume_path, rim_path = inputs / "volume.nii.gz", inputs / "volume.truth.nii.gz"
     inputs.mkdir(parents=True, exist_ok=True)
     print("making a slide, a volume, and a network for each ...", flush=True)
-    slide_card, volume_card = _side_by_side(
+    slide_card, volume_card = side_by_side(
         (_make_slide, (slide_path, truth_path, models / "slide", seed)),
         (_make_volume, (volume_path, rim_path, models / "volume", seed)),
     )
@@ -75,7 +75,7 @@ def run_demo(
         f"measuring each method alone on {2 * TILES_EACH} tiles, both networks at once, one thread each ...",
         flush=True,
     )
-    slide_trust, volume_trust = _side_by_side(
+    slide_trust, volume_trust = side_by_side(
         (_measure, (slide_card, slide_path, truth_path, SLIDE_VALUES, names, seed)),
         (_measure, (volume_card, volume_path, rim_path, VOLUME_VALUES, names, seed)),
     )
@@ -102,7 +102,7 @@ def run_demo(
             ExplainRequest(images=(slide,), model=str(slide_card), out=str(run), methods=_taken(slide_trust))
         )
     lines: list[str] = []
-    report = _timed("explained both", lambda: _explain_all(asked, pool, direct), lines)
+    report = timed("explained both", lambda: explain_all(asked, pool, direct), lines)
     print("\n".join(lines), flush=True)
     for image in report.images:
         if image.status not in ("complete", "gaps"):
@@ -132,7 +132,7 @@ def _measure(
     card: Path, image: Path, truth: Path, values: tuple[int, ...], names: tuple[str, ...], seed: int
 ) -> tuple[tuple[Trust, ...], list[str]]:
     lines: list[str] = []
-    rows = _timed(
+    rows = timed(
         f"measured {len(names)} methods on {image.name}",
         lambda: survey(str(card), str(image), str(truth), values, names, TILES_EACH, seed),
         lines,
@@ -184,20 +184,20 @@ def _tell(
 def _make_slide(path: Path, truth: Path, model: Path, seed: int) -> tuple[Path, list[str]]:
     """Card of a 2-D network trained on other slides, and what was done in how long."""
     lines: list[str] = []
-    _timed("wrote a slide with planted lesions", lambda: write_slide(path, truth, seed=seed), lines)
-    card = _timed("trained a 2-D network", lambda: train_slide_model(model, seed=seed), lines)
+    timed("wrote a slide with planted lesions", lambda: write_slide(path, truth, seed=seed), lines)
+    card = timed("trained a 2-D network", lambda: train_slide_model(model, seed=seed), lines)
     return card, lines
 
 
 def _make_volume(path: Path, truth: Path, model: Path, seed: int) -> tuple[Path, list[str]]:
     """Card of a 3-D network trained on other volumes, and what was done in how long."""
     lines: list[str] = []
-    _timed("wrote a volume with rim lesions", lambda: write_phantom(path, truth, seed=seed), lines)
-    card = _timed("trained a 3-D network", lambda: train_volume_model(model, seed=seed), lines)
+    timed("wrote a volume with rim lesions", lambda: write_phantom(path, truth, seed=seed), lines)
+    card = timed("trained a 3-D network", lambda: train_volume_model(model, seed=seed), lines)
     return card, lines
 
 
-def _side_by_side(*calls: tuple[Callable[..., tuple[T, list[str]]], tuple[Any, ...]]) -> list[T]:
+def side_by_side(*calls: tuple[Callable[..., tuple[T, list[str]]], tuple[Any, ...]]) -> list[T]:
     """Run the calls in a process each, one thread a process: small networks gain little from a second one."""
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -217,7 +217,8 @@ def _side_by_side(*calls: tuple[Callable[..., tuple[T, list[str]]], tuple[Any, .
             os.environ["OMP_NUM_THREADS"] = threads
 
 
-def _explain_all(asked: list[ExplainRequest], pool: PoolSettings, direct: bool) -> RunReport:
+def explain_all(asked: list[ExplainRequest], pool: PoolSettings, direct: bool) -> RunReport:
+    """Explain all requests over one pool; the report holds their images, in order."""
     told = Lines()
     if direct:
         from flows.batch import explain_batch
@@ -240,7 +241,8 @@ def _print_verdict(table: Scores) -> None:
         print(f"{first}: {column} {value:.3f}, expected at least {TARGETS[column]:.2f}: {verdict}")
 
 
-def _timed(what: str, do: Callable[[], T], lines: list[str]) -> T:
+def timed(what: str, do: Callable[[], T], lines: list[str]) -> T:
+    """What `do` gives; a line says how long it took."""
     began = time.perf_counter()
     result = do()
     lines.append(f"{what} in {time.perf_counter() - began:.1f} s")

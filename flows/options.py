@@ -51,7 +51,8 @@ Inside = Annotated[
     typer.Option(
         "--inside",
         help="Tiles of a bag explained inside by --method: all, none, a share of largest relevance by the first bag "
-        "method such as 0.1, or 0.1+0.02 with a random sample of the rest.",
+        "method such as 0.1, or 0.1+0.02 with a random sample of the rest. Followed by ,constant: with the attention held "
+        "constant, as contribution and lrp hold it.",
     ),
 ]
 Targets = Annotated[

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from schemas.errors import SpecError
 from schemas.frozen import Frozen
@@ -18,10 +18,27 @@ class InsideSpec(Frozen):
     """Share of the bag: the tiles of largest relevance, by magnitude."""
     sample: float = Field(default=0.0, ge=0, le=1)
     """Share of the bag besides: drawn at random from the rest, to audit the choice."""
+    attention: Literal["through", "constant"] = "through"
+    """Whether a tile's share of the slide's score counts how the attention would turn: `through` is the gradient of the score,
+    all of it; `constant` that of what the tiles contribute under the attention they have."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Unset, `attention` is left out: earlier results were identified without it."""
+        found: dict[str, Any] = dump(self)
+        if self.attention == "through":
+            del found["attention"]
+        return found
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`all`, `none`, `0.1` or `0.1+0.02`: the top share, and a random sample of the rest."""
+        """`all`, `none`, `0.1` or `0.1+0.02`: the top share, and a random sample of the rest; any may end in `,constant`."""
+        text, comma, attention = text.partition(",")
+        if comma:
+            if attention != "constant":
+                msg = f"--inside {text},{attention}: after the comma expected constant, which holds the attention constant"
+                raise SpecError(msg)
+            return cls.parse(text).model_copy(update={"attention": "constant"})
         if text in ("all", "none"):
             return cls(top=float(text == "all"))
         number = r"(0(?:\.\d+)?|\.\d+|1(?:\.0*)?)"
@@ -33,9 +50,10 @@ class InsideSpec(Frozen):
 
     def __str__(self) -> str:
         """As `parse` reads it."""
+        held = ",constant" if self.attention == "constant" else ""
         if not self.sample:
-            return {1.0: "all", 0.0: "none"}.get(self.top, f"{self.top:g}")
-        return f"{self.top:g}+{self.sample:g}"
+            return {1.0: "all", 0.0: "none"}.get(self.top, f"{self.top:g}") + held
+        return f"{self.top:g}+{self.sample:g}{held}"
 
     @property
     def every(self) -> bool:

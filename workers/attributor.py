@@ -96,8 +96,10 @@ class Attributor:
         chosen, written = None, 0
         if cam.methods:
             chosen = choose(next(iter(relevance.values())), cam.inside)
+            constant = cam.inside.attention == "constant"
             for t in range(len(targets)):
-                written += self._bag.write_gradient(t, rows, view.gradient(t).float().numpy())
+                gradient = view.gradient(t, constant=constant)
+                written += self._bag.write_gradient(t, rows, gradient.float().numpy())
         (target_index,) = index.tolist()
         report = BagReport(
             classes=info.classes,

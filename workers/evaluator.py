@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,36 @@ from numpy.typing import NDArray
 from schemas.geometry import Box
 from schemas.grid import TissueSpec
 from schemas.image import ReadOptions
-from workers.metrics.planted import at_pixel_centres, lesion_scores, rim_scores
+from schemas.run import TilesInfo
+from workers.metrics.planted import at_pixel_centres, evidence_scores, lesion_scores, rim_scores
 from workers.readers import open_image
 from workers.readers.overview import read_overview
+from workers.readers.reader import Reader
+from workers.store.bags import Bag
 from workers.store.heatmap import HeatmapStore
+from workers.store.tiles import TilesStore
 from workers.tiling.tissue import tissue_mask
 
 BAND_L0 = 1024
 """Rows of truth read at once."""
+PRESENT = 0.03
+"""Share of a tile from which what was planted counts as there; a tile with less of it is asked about nothing."""
+
+Measure = Callable[[NDArray[Any], NDArray[Any], NDArray[np.bool_]], dict[str, float]]
+"""(values, truth, tissue), NaN where nobody looked -> AUROC by question."""
 
 
-def planted_lesion_scores(slide: Path, truth: Path, folder: Path) -> dict[str, dict[str, float]]:
+def planted_lesion_scores(
+    slide: Path, truth: Path, folder: Path, measure: Measure = lesion_scores
+) -> dict[str, dict[str, float]]:
     """AUROC of each channel of a slide's heatmap in `folder`, and of plain darkness beside them.
 
     Parameters
     ----------
     truth
-        Image of the slide's size: 0 rest, 1 distractor, 2 lesion.
+        Image of the slide's size: 0 rest, 1 distractor, 2 lesion, 3 mixed focus.
+    measure
+        Which questions are asked.
     """
     heatmap = HeatmapStore.open(folder / "heatmap.ome.zarr")
     grid = heatmap.info.grid
@@ -42,12 +56,56 @@ def planted_lesion_scores(slide: Path, truth: Path, folder: Path) -> dict[str, d
     planted = at_centres(str(truth), options, shape, step)
     darkness = 255.0 - at_pixel_centres(pixels.mean(axis=0), downsample, shape, step)
     table = {
-        channel.label: lesion_scores(_channel(heatmap, i), planted, tissue)
+        channel.label: measure(_channel(heatmap, i), planted, tissue)
         for i, channel in enumerate(heatmap.info.channels)
     }
     seen = np.isfinite(_channel(heatmap, 0))
-    table["raw darkness"] = lesion_scores(np.where(seen, darkness, np.nan), planted, tissue)
+    table["raw darkness"] = measure(np.where(seen, darkness, np.nan), planted, tissue)
     return table
+
+
+def tile_evidence_scores(truth: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """AUROC of each bag method's value of a tile, and of each map inside the tiles summed over the tile, by label.
+
+    Parameters
+    ----------
+    truth
+        Image of the slide's size: 0 rest, 1 look-alike, 2 lesion, 3 mixed focus. A tile is of what covers most of it, where that is
+        at least `PRESENT`; tiles with less of anything are left out.
+    folder
+        Of a slide that was explained.
+    """
+    tiles = TilesStore.open(folder / "tiles.zarr")
+    bag, cam = Bag(tiles.path, tiles.info), tiles.info.spec.cam
+    rows = bag.rows()
+    reader = open_image(str(truth))
+    kinds = np.array([_kind(reader, tiles.info, box) for box in tiles.boxes(rows).tolist()])
+    reader.close()
+    known = kinds != UNCLEAR
+    table = {}
+    for t, target in enumerate(cam.targets):
+        values = {name: bag.relevance(name, t, rows) for name in cam.bag_methods}
+        values |= {name: tiles.maps_of(name, t, rows).sum(axis=(1, 2)) for name in cam.methods}
+        for name, found in values.items():
+            table[f"{name}:{target}"] = evidence_scores(
+                found[known], kinds[known], np.ones(known.sum(), bool)
+            )
+    return table
+
+
+UNCLEAR = -1
+
+
+def _kind(reader: Reader, info: TilesInfo, corners: list[list[int]]) -> int:
+    """What covers most of a tile; `UNCLEAR` where that is a trace."""
+    start, stop = corners
+    stop = [min(a, n) for a, n in zip(stop, info.image.shape_l0, strict=True)]
+    box = Box(frame="l0", start=tuple(start), stop=tuple(stop))
+    truth, _ = reader.read(box, box.shape, 0)
+    share = np.bincount(truth[0].astype(np.int64).ravel(), minlength=2)[1:] / truth[0].size
+    if share.max() == 0:
+        return 0
+    return int(share.argmax()) + 1 if share.max() >= PRESENT else UNCLEAR
 
 
 def rim_lesion_scores(volume: Path, truth: Path, folder: Path) -> dict[str, dict[str, float]]:

@@ -349,3 +349,24 @@ def test_rows_say_what_they_are() -> None:
         assert (row.info.unit == "1") == (row.info.name in unsigned)
         assert row.info.citation
     assert math.isclose(float(bag_method("lrp+gamma=0.5").options.gamma), 0.5)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["abmil", "clam_mb", "dsmil"])
+def test_a_gradient_with_the_attention_held_constant(name: str) -> None:
+    """That of what the tiles contribute under the attention they have; of DSMIL, of a pass with that attention put in."""
+    bag = view(name)
+    h = bag.h.clone().requires_grad_()
+    if name == "dsmil":
+        held = bag.head.attention(bag.h).detach()
+        hook = bag.head.softmax.register_forward_hook(lambda *_: held)
+        value = bag.head(h) @ bag.targets[0]
+        hook.remove()
+    else:
+        parts = bag.head.parts(h)
+        value = (parts.attention.detach().T * (parts.values @ parts.weight.T)).sum(0) @ bag.targets[0]
+    (expected,) = torch.autograd.grad(value, h)
+    torch.testing.assert_close(bag.gradient(0, constant=True), expected, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(bag.gradient(0), bag_gradient(bag.head, bag.h, bag.targets[0]))
+    through = bag.gradient(0)
+    assert name == "dsmil" or (expected - through).abs().max() > 1e-3 * through.abs().max()
+    assert not any(module._forward_hooks for module in bag.head.modules())

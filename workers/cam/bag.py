@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -170,13 +171,21 @@ class BagView:
         x = start + at * way
         return torch.stack([(way * g).double().sum(1) for g in self._gradients(x, self.targets)], dim=1)
 
-    def gradient(self, target: int) -> Tensor:
-        """`(N, D)` gradient of one target with respect to the features, in the head's precision."""
+    def gradient(self, target: int, *, constant: bool = False) -> Tensor:
+        """`(N, D)` gradient of one target with respect to the features, in the head's precision.
+
+        Parameters
+        ----------
+        constant
+            Hold the attention constant: what every `nn.Softmax` of the head gives. A tile of less evidence than the bag's mean, were
+            it attended to more, would lower the score however much it speaks for the class; that part is left out.
+        """
         if self.sums is None:
-            return self._gradients(self.h, self.targets[target : target + 1])[0]
+            return self._gradients(self.h, self.targets[target : target + 1], constant=constant)[0]
         sums, w = self.sums, self.wide[target]
         to_evidence = (sums.attention * w).to(self.dtype)
-        to_energies = (sums.attention * (sums.evidence - sums.mean) * w).to(self.dtype)
+        turn = 0.0 if constant else sums.evidence - sums.mean
+        to_energies = (sums.attention * turn * w).to(self.dtype)
         found = torch.empty(self.h.shape, dtype=self.dtype, device=self.device)
         with frozen(self.head):
             for rows, x in self._chunks(self.h):
@@ -186,8 +195,8 @@ class BagView:
                 found[rows] = _backward(y, leaf)
         return found
 
-    def _gradients(self, h: Tensor, targets: Tensor) -> list[Tensor]:
-        with frozen(self.head):
+    def _gradients(self, h: Tensor, targets: Tensor, *, constant: bool = False) -> list[Tensor]:
+        with frozen(self.head), _attention_held(self.head) if constant else nullcontext():
             leaf = self._cast(h).clone().requires_grad_()
             logits = self.head(leaf)
             return [
@@ -291,6 +300,17 @@ def bag_gradient(head: nn.Module, h: Tensor, target: Tensor) -> Tensor:
         `(N, D)` in the head's precision.
     """
     return BagView(head, h, target[None]).gradient(0)
+
+
+@contextmanager
+def _attention_held(head: nn.Module) -> Iterator[None]:
+    softmaxes = [module for module in head.modules() if isinstance(module, nn.Softmax)]
+    hooks = [module.register_forward_hook(lambda _, __, found: found.detach()) for module in softmaxes]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _sums_to(logits: Tensor, parts: BagParts, few: BagParts) -> bool:

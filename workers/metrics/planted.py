@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from workers.metrics.localisation import auroc
 
-DISTRACTOR, LESION = 1, 2
+DISTRACTOR, LESION, MIXED = 1, 2, 3
 RIM_MINUS, RIM_CORE, RIM_SHELL = 1, 2, 3
 
 
@@ -41,6 +41,26 @@ def lesion_scores(values: NDArray[Any], truth: NDArray[Any], tissue: NDArray[np.
     return {
         "lesion against all other tissue": auroc(values[in_tissue], truth[in_tissue] == LESION),
         "lesion against lesion + distractor": auroc(values[planted], truth[planted] == LESION),
+    }
+
+
+FOR, AGAINST, NOT_MIXED = "lesion", "look-alike, sign turned", "lesion against mixed foci"
+"""Questions to a map of the class `lesion` where look-alikes are evidence against it and mixed foci are none."""
+
+
+def evidence_scores(values: NDArray[Any], truth: NDArray[Any], tissue: NDArray[np.bool_]) -> dict[str, float]:
+    """AUROC of what speaks for a class, and of what speaks against it; arrays of one shape, NaN where nobody looked.
+
+    `FOR`: lesions are higher than all other tissue, look-alikes included. `AGAINST`: look-alikes are lower than all other tissue,
+    lesions included; a map that cannot say "against" is below one half here. `NOT_MIXED`: lesions are higher than mixed foci, which
+    stand out as much and say nothing.
+    """
+    seen = np.isfinite(values) & (tissue | (truth > 0))
+    two = seen & np.isin(truth, (LESION, MIXED))
+    return {
+        FOR: auroc(values[seen], truth[seen] == LESION),
+        AGAINST: auroc(-values[seen], truth[seen] == DISTRACTOR),
+        NOT_MIXED: auroc(values[two], truth[two] == LESION),
     }
 
 

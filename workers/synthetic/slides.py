@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from schemas.errors import SpecError
-from workers.synthetic.tissue import BAND_PX, DISTRACTOR, LESION, U8, Focus, lay_out, paint
+from workers.synthetic.tissue import BAND_PX, DISTRACTOR, LESION, U8, Focus, Planted, lay_out, paint
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -46,8 +46,9 @@ def write_slide(
     truth_path: Path,
     *,
     size: int = 8192,
-    seed: int,
+    seed: int | tuple[int, ...],
     mpp: float = 0.5,
+    planted: Sequence[Planted] = (),
     progress: Progress | None = None,
 ) -> SlideTruth:
     """Write an H&E-like pyramidal slide that OpenSlide opens, and its truth.
@@ -57,13 +58,15 @@ def write_slide(
     path
         Pyramidal tiled JPEG TIFF to write; levels halve down to about 512 px.
     truth_path
-        uint8 TIFF of the same size and levels: 0 rest (glass and ordinary tissue), 1 distractor, 2 lesion.
+        uint8 TIFF of the same size and levels: 0 rest (glass and ordinary tissue), 1 distractor, 2 lesion, 3 mixed focus.
     size
         Side in level-0 px, a multiple of 256, at least 1024.
     seed
         Equal seeds give equal slides.
     mpp
         Micrometres a level-0 px, written as TIFF resolution.
+    planted
+        Foci instead of the usual ones (see `lay_out`), at least one lesion and one distractor among them.
     progress
         Called with (bands done, bands in all).
 
@@ -75,7 +78,7 @@ def write_slide(
     if size < 1024 or size % _TILE:
         msg = f"synthetic slide: size is {size} px; expected a multiple of {_TILE}, at least 1024"
         raise SpecError(msg)
-    layout = lay_out(size, seed)
+    layout = lay_out(size, seed, planted)
     half = np.empty((size // 2, size // 2, 3), np.uint8)
     truth = np.empty((size, size), np.uint8)
     moments = {LESION: np.zeros(3), DISTRACTOR: np.zeros(3)}
@@ -121,38 +124,50 @@ def write_slide(
 
 
 def training_tiles(
-    n: int, tile_px: int, seed: int, *, slide_px: int = 4096
+    n: int,
+    tile_px: int,
+    seed: int,
+    *,
+    slide_px: int = 4096,
+    planted: Sequence[Planted] = (),
+    kinds: Sequence[int] = (DISTRACTOR, LESION),
 ) -> tuple[U8, NDArray[np.float32], NDArray[np.bool_]]:
-    """Cut labelled tiles from three other synthetic slides (of `slide_px`), a third each aimed at lesions, distractors, tissue.
+    """Cut labelled tiles from three other synthetic slides (of `slide_px`), aimed at each kind of focus and at tissue in turn.
+
+    Parameters
+    ----------
+    planted, kinds
+        Foci of each slide (the usual ones if none are named), and the kinds K that are labelled.
 
     Returns
     -------
     x
         `(n, 3, tile_px, tile_px)` uint8.
     y
-        `(n, 2)` float32: whether a distractor, a lesion is present (more than 3 % of the tile).
+        `(n, K)` float32: whether a focus of each kind is present (more than 3 % of the tile).
     mask
-        `(n, 2)` bool: False where a trace of that class (0-3 %) makes the answer ambiguous.
+        `(n, K)` bool: False where a trace of that kind (0-3 %) makes the answer ambiguous.
     """
     rng = np.random.default_rng((seed, 1))
     x = np.empty((n, 3, tile_px, tile_px), np.uint8)
-    share = np.empty((n, 2), np.float32)
+    share = np.empty((n, len(kinds)), np.float32)
     for k, part in enumerate(np.array_split(np.arange(n), _TRAINING_SLIDES)):
         # a tuple never equals the plain seed of a slide that is written
         source = (seed, 2, k)
-        bands = list(paint(lay_out(slide_px, source), source))
+        bands = list(paint(lay_out(slide_px, source, planted), source))
         rgb = np.concatenate([band for _, band, _ in bands])
         truth = np.concatenate([band for _, _, band in bands])
         tissue = rgb.min(axis=2) < 225
-        aims = [np.flatnonzero(where[::8, ::8]) for where in (truth == LESION, truth == DISTRACTOR, tissue)]
+        places = [*(truth == kind for kind in reversed(kinds)), tissue]
+        aims = [np.flatnonzero(where[::8, ::8]) for where in places]
         for i in part:
-            aim = aims[i % 3]
+            aim = aims[i % len(aims)]
             row, column = np.divmod(int(rng.choice(aim)), slide_px // 8)
             corner = np.array([row, column]) * 8 - rng.integers(0, tile_px, 2)
             top, left = np.clip(corner, 0, slide_px - tile_px)
             box = np.s_[top : top + tile_px, left : left + tile_px]
             x[i] = rgb[box].transpose(2, 0, 1)
-            share[i] = (truth[box] == DISTRACTOR).mean(), (truth[box] == LESION).mean()
+            share[i] = [(truth[box] == kind).mean() for kind in kinds]
     return x, (share > _PRESENT).astype(np.float32), (share == 0) | (share > _PRESENT)
 
 

@@ -11,15 +11,18 @@ degrees), a distractor's fall (-45 degrees), so that mean and contrast cannot te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-DISTRACTOR, LESION = 1, 2
-"""Truth values; 0 is everything else, ordinary tissue and glass alike."""
+DISTRACTOR, LESION, MIXED = 1, 2, 3
+"""Truth values; 0 is everything else, ordinary tissue and glass alike. Mixed foci are planted only where asked for: as dense
+as the others, their nuclei point in every direction."""
+DIRECTIONS_DEG: dict[int, float | None] = {LESION: 45.0, DISTRACTOR: -45.0, MIXED: None}
+"""Of the long axes of a kind's nuclei, rising to the right; None: every direction."""
 
 TISSUE_FRACTION = 0.45
 BAND_PX = 512
@@ -39,15 +42,31 @@ F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Planted:
+    """A focus that is asked for, wherever there is room."""
+
+    kind: int
+    """Its value in the truth: one of those above, or another where the direction is no kind's."""
+    radius_px: float
+    direction_deg: float | None
+
+
+@dataclass(frozen=True)
 class Focus:
     """One planted focus; its outline is a circle with a few harmonics."""
 
-    kind: int
-    """`LESION` or `DISTRACTOR`."""
+    planted: Planted
     centre_px: tuple[float, float]
     """(y, x), level 0."""
-    radius_px: float
     phases: tuple[float, float, float]
+
+    @property
+    def kind(self) -> int:
+        return self.planted.kind
+
+    @property
+    def radius_px(self) -> float:
+        return self.planted.radius_px
 
     def contains(self, y: F64, x: F64) -> NDArray[np.bool_]:
         dy, dx = y - self.centre_px[0], x - self.centre_px[1]
@@ -80,7 +99,7 @@ class Layout:
     stamps: tuple[U8, ...]
 
 
-def lay_out(size: int, seed: int | tuple[int, ...]) -> Layout:
+def lay_out(size: int, seed: int | tuple[int, ...], planted: Sequence[Planted] = ()) -> Layout:
     """Place tissue, foci, gland lumina and nuclei of a slide.
 
     Parameters
@@ -90,11 +109,13 @@ def lay_out(size: int, seed: int | tuple[int, ...]) -> Layout:
         lesions and six distractors with radii of 100-450 px, below two of each and smaller.
     seed
         Equal seeds give equal slides.
+    planted
+        Foci instead of those, the largest best first.
     """
     rng = np.random.default_rng(seed)
     cells = size // _CELL
     blobs = _noise(rng, cells, 40.0 * min(1.0, size / 8192 + 0.3)) + 0.25 * _noise(rng, cells, 5.0)
-    foci = _place_foci(rng, size, blobs)
+    foci = _place_foci(rng, size, blobs, planted or _usual(size))
     field = _tissue_field(size, blobs, foci)
     lumina = _place_lumina(rng, size, field, foci)
     stamps = _draw_stamps(rng)
@@ -148,19 +169,29 @@ def _noise(rng: np.random.Generator, cells: int, sigma: float) -> F32:
     return np.asarray((field - field.mean()) / field.std(), np.float32)
 
 
-def _place_foci(rng: np.random.Generator, size: int, blobs: F32) -> tuple[Focus, ...]:
+def _usual(size: int) -> tuple[Planted, ...]:
     pairs = 6 if size >= 4096 else 2
     largest, smallest = min(450.0, 0.11 * size), min(100.0, 0.06 * size)
+    return tuple(
+        Planted(kind, float(radius), DIRECTIONS_DEG[kind])
+        for radius in np.linspace(largest, smallest, pairs)
+        for kind in (LESION, DISTRACTOR)
+    )
+
+
+def _place_foci(
+    rng: np.random.Generator, size: int, blobs: F32, planted: Sequence[Planted]
+) -> tuple[Focus, ...]:
     placed: list[Focus] = []
-    for radius in np.linspace(largest, smallest, pairs):
-        for kind in (LESION, DISTRACTOR):
-            placed.append(_place_focus(rng, size, blobs, kind, float(radius), placed))
+    for one in planted:
+        placed.append(_place_focus(rng, size, blobs, one, placed))
     return tuple(placed)
 
 
 def _place_focus(
-    rng: np.random.Generator, size: int, blobs: F32, kind: int, radius: float, placed: list[Focus]
+    rng: np.random.Generator, size: int, blobs: F32, planted: Planted, placed: list[Focus]
 ) -> Focus:
+    radius = planted.radius_px
     margin = 0.05 * size + 1.25 * radius
     wanted = float(np.quantile(blobs, 0.6))
     gap = 0.02 * size
@@ -174,7 +205,7 @@ def _place_focus(
         )
         if lies_well and apart:
             a, b, c = rng.uniform(0, 2 * np.pi, 3)
-            return Focus(kind, (float(y), float(x)), radius, (float(a), float(b), float(c)))
+            return Focus(planted, (float(y), float(x)), (float(a), float(b), float(c)))
     msg = f"no room for a focus of radius {radius:.0f} px on a slide of {size} px beside {len(placed)} others"
     raise ValueError(msg)
 
@@ -238,14 +269,15 @@ def _place_nuclei(
         stamp = _spindle(rng, -np.degrees(turn) + rng.normal(0, 8, count))
         rows.append(np.stack([y.astype(np.int64), x.astype(np.int64), stamp], axis=1))
 
-    # foci: dense, spindle, one direction; the only difference between the two kinds is its sign
+    # foci: dense, spindle; the only difference between the kinds is the direction
     for focus in foci:
         (cy, cx), reach = focus.centre_px, 1.25 * focus.radius_px
         y, x = _jittered_grid(rng, cy - reach, cy + reach, cx - reach, cx + reach, _FOCUS_PITCH)
         keep = focus.contains(y, x) & (rng.random(y.size) < 0.9)
         y, x = y[keep], x[keep]
-        direction = 45.0 if focus.kind == LESION else -45.0
-        stamp = _spindle(rng, direction + rng.normal(0, 10, y.size))
+        direction = focus.planted.direction_deg
+        turned = rng.uniform(0, 180, y.size) if direction is None else direction + rng.normal(0, 10, y.size)
+        stamp = _spindle(rng, turned)
         rows.append(np.stack([y.astype(np.int64), x.astype(np.int64), stamp], axis=1))
 
     nuclei = np.concatenate(rows)
