@@ -1,6 +1,6 @@
 """Write the viewer's colour tables, `workers/viewer/static/tables.js`, from matplotlib's and the overview's own.
 
-    python deploy/colour_tables.py
+python deploy/colour_tables.py
 """
 
 from __future__ import annotations

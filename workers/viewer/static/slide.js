@@ -1,14 +1,15 @@
 // The slide page: one or two maps over a slide, with all that is needed to read them.
 
+import { about } from "./about.js";
 import { address, computing, getJson, imageId } from "./api.js";
 import { byId, download, el, say } from "./dom.js";
-import { COVERAGE_WORDS, EVALUATED, grouped, length, number, scoreWords, sides } from "./format.js";
+import { COVERAGE_WORDS, EVALUATED, grouped, length, number } from "./format.js";
 import { Pyramid, Tiles } from "./heat.js";
 import { listen } from "./keys.js";
 import { channelOf, decided, legendOf, mapped, runOf } from "./looks.js";
-import { MapPanel, facts, row, section } from "./panel.js";
+import { MapPanel, row, section } from "./panel.js";
 import { picture } from "./screenshot.js";
-import { newLook, readState, writeState } from "./state.js";
+import { copyLink, newLook, readState, writeState } from "./state.js";
 import { SlideView } from "./view.js";
 
 const id = imageId();
@@ -225,7 +226,7 @@ function goTo(rank) {
 const hatch = el("input", { type: "checkbox", id: "hatch", title: "Hatch what was not evaluated (n)" });
 const tabs = el("div", { className: "tabs", attrs: { role: "group", "aria-label": "Map the controls are for" } },
     ...["A", "B"].map((name, i) => el("button", { textContent: `Map ${name}`, onclick: () => activate(i), attrs: { "data-side": i } })));
-const about = el("div");
+const facts = el("div");
 
 function buildPanel() {
     const check = (input, text) => row(text, input);
@@ -239,7 +240,7 @@ function buildPanel() {
         tabs, panel.element,
         section("Places without a value", check(hatch, "Hatch not evaluated")),
         section("Strongest regions", signRow, regionList, check(marks, "Outline")),
-        el("details", {}, el("summary", { textContent: "About this map" }), about),
+        el("details", {}, el("summary", { textContent: "About this map" }), facts),
     );
 }
 
@@ -250,25 +251,11 @@ function toggle(name) {
 
 function showFacts() {
     const look = looks[active];
-    const run = runOf(image, look);
-    const channel = channelOf(image, look);
-    const { spacing, spacing_unit: unit, shape_l0: shape, vendor, objective } = image.source;
-    const short = run.provenance_short ?? {};
-    const key = JSON.stringify([run, channel]);
-    if (about.dataset.key === key) return;
-    about.dataset.key = key;
-    about.replaceChildren(facts([
-        ["Method", [channel.title || channel.method, channel.edition].filter(Boolean).join(", ")],
-        ["Native cell", channel.native_cell_l0 ? sides(channel.native_cell_l0.map((n, i) => n * spacing[i]), unit) : null],
-        ["Heatmap px", sides(run.grid.downsample.map((n, i) => n * spacing[i]), unit)],
-        [run.auroc_of ? `AUROC, ${run.auroc_of}` : "AUROC", channel.auroc],
-        ...(run.prediction ?? []).map((p) => [`Score, ${p.target}`, scoreWords(p)]),
-        ["Tiles", run.counts ? `${run.counts.done} of ${run.counts.planned} done, ${run.counts.failed} failed` : null],
-        ["Not complete", run.error], ["Model", short.model], ["Digest", short.digest?.slice(0, 16)], ["Precision", short.precision], ["Made", short.created],
-        ["Slide", `${grouped(shape[1])} × ${grouped(shape[0])} px of ${sides(spacing, unit)}`],
-        ["Scanner", [vendor, objective ? `${objective}×` : ""].filter(Boolean).join(", ")],
-        ["Stored as", run.raw],
-    ]));
+    const key = JSON.stringify([runOf(image, look), look.channel]);
+    if (facts.dataset.key === key) return;
+    facts.dataset.key = key;
+    const { vendor, objective } = image.source;
+    facts.replaceChildren(about(image, look, [["Scanner", [vendor, objective ? `${objective}×` : ""].filter(Boolean).join(", ")]]));
 }
 
 function showHead() {
@@ -320,15 +307,7 @@ async function screenshot() {
     say("Picture saved.");
 }
 
-async function copyLink() {
-    writeState({ view: views[0].view(), looks, extra });
-    try {
-        await navigator.clipboard.writeText(location.href);
-        say("Link copied.");
-    } catch {
-        say(location.href);
-    }
-}
+const link = () => copyLink({ view: views[0].view(), looks, extra });
 
 function keys() {
     const look = () => looks[active];
@@ -363,7 +342,7 @@ function keys() {
         [["ArrowLeft", "ArrowRight"], "move", ({ key }) => drive((v) => v.pan(key === "ArrowLeft" ? -0.2 : 0.2, 0))],
         [["ArrowUp", "ArrowDown"], "move", ({ key }) => drive((v) => v.pan(0, key === "ArrowUp" ? -0.2 : 0.2))],
         [["i"], "save a picture", screenshot],
-        [["l"], "copy a link to this view", copyLink],
+        [["l"], "copy a link to this view", link],
     ]);
     document.addEventListener("keyup", ({ key }) => {
         if (key === " ") views.forEach((v) => v.container.classList.remove("below"));
@@ -392,7 +371,7 @@ async function start() {
     keys();
     byId("compare").addEventListener("click", () => split(views.length === 1));
     byId("screenshot").addEventListener("click", screenshot);
-    byId("link").addEventListener("click", copyLink);
+    byId("link").addEventListener("click", link);
     if (image.runs.some(computing)) setTimeout(poll, 3000);
     // for whoever automates the page
     window.gigacam = { views, tiles, looks, settled };

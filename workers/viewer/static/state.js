@@ -1,5 +1,7 @@
 // What the page shows, in its address: a link restores it all.
 
+import { say } from "./dom.js";
+
 /** How one map is shown; null: as the map itself says. */
 export const newLook = () => ({
     run: 0, channel: 0, pyramid: "mean", map: null, opacity: 0.5, window: null, threshold: null, smooth: false, shown: true,
@@ -57,4 +59,15 @@ export function writeState({ view, looks, extra = {} }) {
     for (const [key, value] of Object.entries(extra)) if (value) parts.push(`${key}=${encodeURIComponent(value)}`);
     const hash = parts.length ? `#${parts.join("&")}` : "";
     if (hash !== location.hash) history.replaceState(null, "", `${location.pathname}${location.search}${hash}`);
+}
+
+/** Put the address of what is seen on the clipboard, or show it where the browser has none. */
+export async function copyLink(state) {
+    writeState(state);
+    try {
+        await navigator.clipboard.writeText(location.href);
+        say("Link copied.");
+    } catch {
+        say(location.href);
+    }
 }

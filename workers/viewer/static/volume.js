@@ -1,15 +1,16 @@
 // The volume page: three planes and a rendering, under a map, by NiiVue.
 
+import { about } from "./about.js";
 import { address, computing, getJson, imageId } from "./api.js";
 import { byId, download, el, say, sharpCanvas } from "./dom.js";
-import { number, scoreWords, sides } from "./format.js";
+import { number } from "./format.js";
 import { LEGEND_WIDTH, drawLegend, legendText } from "./furniture.js";
 import { listen } from "./keys.js";
 import { channelOf, decided, legendOf, mapped, runOf } from "./looks.js";
 import { VolumeHeat } from "./nifti.js";
-import { MapPanel, facts, row, section } from "./panel.js";
+import { MapPanel, row, section } from "./panel.js";
 import { picture } from "./screenshot.js";
-import { readState, writeState } from "./state.js";
+import { copyLink, readState, writeState } from "./state.js";
 
 const { Niivue } = window.niivue;
 const PLANES = { all: "Planes and 3-D", axial: "Axial", coronal: "Coronal", sagittal: "Sagittal", render: "3-D" };
@@ -179,7 +180,7 @@ const planes = el("select", { title: "Planes (v)" }, ...Object.entries(PLANES).m
 const neuro = el("input", { type: "checkbox", id: "neuro", title: "Patient's left on the left (o)" });
 const greyLow = el("input", { type: "number", step: "any", attrs: { "aria-label": "Grey levels from" } });
 const greyHigh = el("input", { type: "number", step: "any", attrs: { "aria-label": "Grey levels to" } });
-const about = el("div");
+const facts = el("div");
 const regionList = el("ol", { className: "regions" });
 let greyAtFirst;
 
@@ -209,7 +210,7 @@ function buildPanel() {
             el("div", { className: "pair" }, greyLow, el("span", { textContent: "to" }), greyHigh),
             el("div", { className: "buttons wrap" }, ...presets, el("button", { textContent: "Reset", onclick: () => setGrey(...greyAtFirst) }))),
         section("Strongest regions", regionList),
-        el("details", {}, el("summary", { textContent: "About this map" }), about),
+        el("details", {}, el("summary", { textContent: "About this map" }), facts),
     );
 }
 
@@ -245,22 +246,8 @@ async function loadRegions() {
 }
 
 function showFacts() {
-    const run = runOf(image, look);
-    const channel = channelOf(image, look);
-    const { spacing, spacing_unit: unit, shape_l0: shape, orientation } = image.source;
-    const short = run.provenance_short ?? {};
-    about.replaceChildren(facts([
-        ["Method", [channel.title || channel.method, channel.edition].filter(Boolean).join(", ")],
-        ["Native cell", channel.native_cell_l0 ? sides(channel.native_cell_l0.map((n, i) => n * spacing[i]), unit) : null],
-        ["Heatmap voxel", sides(run.grid.downsample.map((n, i) => n * spacing[i]), unit)],
-        [run.auroc_of ? `AUROC, ${run.auroc_of}` : "AUROC", channel.auroc],
-        ...(run.prediction ?? []).map((p) => [`Score, ${p.target}`, scoreWords(p)]),
-        ["Tiles", run.counts ? `${run.counts.done} of ${run.counts.planned} done, ${run.counts.failed} failed` : null],
-        ["Model", short.model], ["Digest", short.digest?.slice(0, 16)], ["Precision", short.precision], ["Made", short.created],
-        ["Volume", `${[...shape].reverse().join(" × ")} voxels of ${sides(spacing, unit)}`],
-        ["Stored axes", Array.isArray(orientation) ? orientation.join("") : orientation],
-        ["Stored as", run.raw],
-    ]));
+    const { orientation } = image.source;
+    facts.replaceChildren(about(image, look, [["Stored axes", Array.isArray(orientation) ? orientation.join("") : orientation]]));
     loadRegions();
 }
 
@@ -275,15 +262,7 @@ async function screenshot() {
     say("Picture saved.");
 }
 
-async function copyLink() {
-    writeState({ view: mm(), looks: [look], extra });
-    try {
-        await navigator.clipboard.writeText(location.href);
-        say("Link copied.");
-    } catch {
-        say(location.href);
-    }
-}
+const link = () => copyLink({ view: mm(), looks: [look], extra });
 
 function keys() {
     const set = (change) => {
@@ -313,7 +292,7 @@ function keys() {
         [["PageUp", "PageDown"], "crosshair up, down", ({ key }) => step(2, key === "PageUp" ? 1 : -1)],
         [["1", "2", "3", "4", "5", "6", "7", "8", "9"], "go to the region of that rank", ({ key }) => regionList.querySelectorAll("button")[Number(key) - 1]?.click()],
         [["i"], "save a picture", screenshot],
-        [["l"], "copy a link to this view", copyLink],
+        [["l"], "copy a link to this view", link],
     ]);
 }
 
@@ -347,7 +326,7 @@ async function start() {
     showPlanes();
     keys();
     byId("screenshot").addEventListener("click", screenshot);
-    byId("link").addEventListener("click", copyLink);
+    byId("link").addEventListener("click", link);
     if (image.runs.some(computing)) setTimeout(poll, 3000);
     // for whoever automates the page
     window.gigacam = { nv, look, heat: () => shownHeat?.heat, goToMm, mm };
