@@ -23,10 +23,15 @@ SERVICES = {"prefect": "prefect_session", "ray": "ray_session"}
 """Marks, and the fixture of each; a test of both goes with the first."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     groups = {item: _group(item) for item in items}
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
+        if getattr(config.option, "loadgroup", False) and hasattr(item, "_id"):
+            # xdist 3.8 hands groups on in a field that pytest 9.2 reads no more (pytest-xdist issue 1386): without
+            # this, every test goes its own way, and both processes make every fixture.
+            item._id = type(item._id).parse(f"{item.nodeid}@{group}")
     # The two long chains first and side by side; what is short fills up the end (with --no-loadscope-reorder).
     items.sort(key=lambda item: groups[item] not in SERVICES)
     if not config.getoption("--slow"):
