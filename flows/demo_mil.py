@@ -38,7 +38,10 @@ HEADS = {
     "mhim": HeadSpec(head="abmil", args={"hidden": 32, "size": 16}, mhim=MHIM["v1"]),
 }
 TITLES = {"abmil": "ABMIL", "mhim": "MHIM-ABMIL"}
-WAYS = {"constant": "with the attention held constant", "through": "through the attention"}
+WAYS = {
+    "constant": "with the attention held constant",
+    "through": "through the attention: a tile of less evidence than the bag's mean counts against",
+}
 FIT = FitSpec(learning_rate=3e-3)
 HELD, THROUGH = InsideSpec(attention="constant"), InsideSpec()
 RUNS: dict[str, tuple[str, InsideSpec]] = {

@@ -404,14 +404,14 @@ def test_strict_stops_at_the_first_image_that_fails(explain: Run) -> None:
     assert [image.status for image in done.report.images] == ["failed", "not started"]
 
 
-@pytest.mark.parametrize("place", ["explain_image", "open_model"])
+@pytest.mark.parametrize("place", ["do", "opened"])
 def test_an_interrupt_ends_with_130_and_says_how_to_resume(
     explain: Run, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flows.batch, place, interrupted)
+    monkeypatch.setitem(flows.batch.explain_batch.__kwdefaults__, place, interrupted)
     done = explain(SLIDE)
     assert done.code == 130
     assert done.err.splitlines()[-1].startswith("interrupted: run the same command again to resume")
