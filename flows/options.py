@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from schemas.image import ReadOptions
     from schemas.run import ExplainRequest, PoolSettings
 
+INTERRUPTED = "interrupted: run the same command again to resume; what was computed is kept"
+
 Images = Annotated[
     list[str],
     typer.Argument(

@@ -8,6 +8,9 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`."""
 KEPT_BYTES = 1 << 30
 """Blocks below this size are taken from the heap, and so much free heap is kept."""
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
+"""Environment of processes that compute in another thread than their first, as Ray's actors do: a thread's own heap ends at
+64 MiB, and `keep_freed_memory` would not reach what is larger."""
 
 
 def keep_freed_memory() -> bool:

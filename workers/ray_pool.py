@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from schemas.errors import GigacamError, WorkerLostError
 from schemas.run import PoolSettings, Report
+from workers.allocator import ONE_HEAP
 from workers.dispatch import Dispatcher
 from workers.pool import Stage, Task, Worker, perform
 
@@ -160,6 +161,7 @@ class Lane:
         env = dict.fromkeys(names, str(self.threads))
         if self.name == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
+            env |= ONE_HEAP
         return {
             "num_cpus": self.cpus,
             "num_gpus": int(self.name == "gpu"),

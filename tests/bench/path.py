@@ -29,6 +29,8 @@ import numpy as np
 TILE = 224
 SPECK = "procedural:slide?width=500&height=500&tissue=1&seed=1"
 """A slide of a few tiles: explaining it is all start-up."""
+WARM = "procedural:slide?width=4000&height=4000&tissue=1&seed=3"
+"""A slide of several units: every actor gets one, and has imported and loaded what it needs."""
 BATCH = 32
 WIDTHS = [32, 64, 128, 256]
 """ResNet-18's blocks at half its width: on two cores a full one would hide every overhead behind its forward."""
@@ -185,12 +187,12 @@ def actors(gate: Any, answer: Any, slide: str, model: str, out: str, overlap: fl
         if not count:
             break
         pool, settings = pools[count]
-        image = ImageRequest(uri=SPECK if turn < 2 else slide)
+        image = ImageRequest(uri=WARM if turn < 2 else slide)
         asked = request.model_copy(update={"out": f"{out}/{turn}"})
         began = time.perf_counter()
         report = explain_image(image, asked, loaded, pool, settings, Silent())
         assert report.status == "complete", report.error
-        answer.put(time.perf_counter() - began)
+        answer.put((time.perf_counter() - began, report.seconds))
     for pool, _ in pools.values():
         pool.close()
     stop_ray()
@@ -206,13 +208,14 @@ def scaling(folder: Path, slide: str, model: str, boxes: str, overlap: float, ro
     for _ in range(2):
         answer.get()
     found = []
+    stages: dict[int, dict[str, float]] = {}
     for _ in range(rounds):
         seconds = {}
         for count in (1, 2):
             calls = [(bare, (slide, model, boxes, 1, part, count)) for part in range(count)]
             seconds[f"bare {count}"] = max(r["seconds"] for r in together(calls))
             gate.put(count)
-            seconds[f"actors {count}"] = answer.get()
+            seconds[f"actors {count}"], stages[count] = answer.get()
         found.append(seconds)
         print("  " + "  ".join(f"{name} {s:.1f} s" for name, s in seconds.items()), flush=True)
     gate.put(0)
@@ -225,6 +228,9 @@ def scaling(folder: Path, slide: str, model: str, boxes: str, overlap: float, ro
         print(
             f"scaling, {name:26}{statistics.median(values):.3f}  ({spread}); of the fastest {best[name]:.3f}"
         )
+    print("\nstage by stage, one actor and two (last round; parts are summed over workers):")
+    for stage in sorted(stages[1]):
+        print(f"  {stage:20}{stages[1][stage]:8.2f} s{stages[2].get(stage, 0.0):8.2f} s")
 
 
 def _gains(seconds: dict[str, float]) -> dict[str, float]:

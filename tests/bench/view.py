@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from schemas.heatmap import Coverage, HeatmapSpec
 from schemas.run import HeatmapInfo
+from tests.browser.conftest import FLAGS, chromium
 from tests.test_workers.made_heatmaps import SIGNED
 from tests.test_workers.store_samples import map_grid, tiles_info
 from workers.readers import open_image
@@ -217,6 +218,44 @@ def wander(port: int, image_id: str, levels: int, requests: int, seed: int) -> N
         thread.join()
 
 
+PAINTED = """
+window.paint = {};
+const look = () => {
+    const page = window.gigacam;
+    if (page) {
+        const slide = page.views[0].viewer.world.getItemAt(0)?._lastDrawn.length > 0;
+        if (slide && page.tiles.tiles.size > 0) window.paint.first ??= performance.now();
+        if (window.paint.first && page.settled()) window.paint.all = performance.now();
+    }
+    if (!window.paint.all) requestAnimationFrame(look);
+};
+requestAnimationFrame(look);
+"""
+"""Notes in the page when the slide is first seen under heat, and when no tile is missing any more."""
+
+
+def paint(out: Path, image_id: str, rounds: int) -> None:
+    """Milliseconds in a headless Chromium from the address to the slide under its heat; the server is new each time."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium(), args=FLAGS)
+        for _ in range(rounds):
+            with viewer(out) as (port, _process):
+                context = browser.new_context(viewport={"width": VIEW[1], "height": VIEW[0]})
+                page = context.new_page()
+                page.add_init_script(PAINTED)
+                page.goto(f"http://127.0.0.1:{port}/image/{image_id}")
+                page.wait_for_function("() => window.paint.all", timeout=120_000)
+                found = page.evaluate("window.paint")
+                print(
+                    f"in Chromium: slide under heat after {found['first']:.0f} ms, all tiles after {found['all']:.0f} ms",
+                    flush=True,
+                )
+                context.close()
+        browser.close()
+
+
 def told(name: str, seconds: list[float]) -> None:
     cuts = statistics.quantiles(seconds, n=100)
     print(
@@ -230,12 +269,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--paint", type=int, default=5, help="rounds of the first paint in a browser")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
         folder = make(Path(scratch))
         print(f"made the heatmap in {time.perf_counter() - began:.1f} s", flush=True)
         image_id, levels = folder.name, 18
+        paint(Path(scratch), image_id, asked.paint)
         with viewer(Path(scratch)) as (port, process):
             for what in ("server just started", "again"):
                 spent = cpu(process)

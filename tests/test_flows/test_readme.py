@@ -2,13 +2,15 @@
 
 What stands for what: `slide.svs` is the real slide of tests/data, `slides/` and `slides.csv` hold two small TIFFs, the
 card's network is a DenseNet of a few layers with random weights and their digest. `--ray-address` gets the Ray of the
-test session, and Ray runs get one actor. The two `make` lines are not run: their targets must exist, and the lines by
+test session, and Ray runs get one actor. The bags are twelve slides of one tile each, the head is trained for four epochs,
+and that part runs serially. `view` gets a free port, and is interrupted. The two `make` lines are not run: their targets must exist, and the lines by
 hand must be what make would run.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 from flows.cli import main
-from schemas.model import ModelCard
+from schemas.model import ModelCard, OutputSpec
 from schemas.run import RunReport
 from workers.cam.methods import METHODS
 from workers.models.card import write_card
@@ -57,9 +60,20 @@ def by_hand() -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-ALONE = [c for c in commands() if c[0] == "gigacam" and "slide.svs" in c]
-MANY = [c for c in commands() if c[0] == "gigacam" and "slide.svs" not in c]
-PREFECT = [c for c in commands() if c[0] == "prefect"]
+def part(words: list[str]) -> str:
+    """Which test runs a command."""
+    if words[0] == "prefect":
+        return "prefect"
+    if "slide.svs" in words:
+        return "alone"
+    if words[1] in ("view", "report", "export"):
+        return "open"
+    return "bags" if {"encoder.toml", "trained/model.toml"} & set(words) else "many"
+
+
+PARTS = {
+    name: [c for c in commands() if part(c) == name] for name in ("alone", "many", "bags", "open", "prefect")
+}
 
 
 def run(words: list[str]) -> int:
@@ -79,23 +93,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: slides, and the card of the README beside its weights."""
     made = tmp_path_factory.mktemp("readme")
     shutil.copy(ROOT / "tests/data/CMU-1-Small-Region.svs", made / "slide.svs")
-    (made / "slides").mkdir()
-    for i in range(2):
-        noise = np.random.default_rng(i).integers(-25, 25, (512, 512, 3))
+    write_slides(made, 2, 512)
+    (made / "slides.csv").write_text("image\nslides/0.tiff\nslides/1.tiff\n")
+    write_model(made)
+    return made
+
+
+def write_slides(folder: Path, count: int, side_px: int) -> None:
+    (folder / "slides").mkdir()
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(-25, 25, (side_px, side_px, 3))
         pixels = (np.array((205, 120, 170)) + noise).astype(np.uint8)
         tifffile.imwrite(
-            made / "slides" / f"{i}.tiff", pixels, tile=(256, 256), photometric="rgb",
+            folder / "slides" / f"{i}.tiff", pixels, tile=(256, 256), photometric="rgb",
             resolution=(20_000, 20_000), resolutionunit="CENTIMETER",
         )  # fmt: skip
-    (made / "slides.csv").write_text("image\nslides/0.tiff\nslides/1.tiff\n")
+
+
+def write_model(made: Path) -> ModelCard:
+    """The card of the README beside the weights of a small network."""
     card = card_of_the_readme()
     args = {**card.network.args, **SMALL}
     torch.manual_seed(0)
     save_file(nets.DenseNet(**args).state_dict(), made / card.network.weights)
     sha256 = hashlib.sha256((made / card.network.weights).read_bytes()).hexdigest()
     network = card.network.model_copy(update={"name": "DenseNet", "args": args, "sha256": sha256})
-    write_card(made / "model.toml", card.model_copy(update={"network": network}))
-    return made
+    card = card.model_copy(update={"network": network})
+    write_card(made / "model.toml", card)
+    return card
 
 
 @pytest.fixture
@@ -114,8 +139,8 @@ def card_of_the_readme() -> ModelCard:
 def test_every_block_is_of_a_kind_that_is_run() -> None:
     assert {name for name, _ in BLOCKS} == {"bash", "toml", "console", "python", ""}
     assert TEXT.count("```") == 2 * len(BLOCKS)
-    assert len(ALONE) + len(MANY) + len(PREFECT) == len(commands())
-    assert min(len(ALONE), len(MANY), len(PREFECT)) >= 3
+    assert sum(map(len, PARTS.values())) == len(commands())
+    assert min(map(len, PARTS.values())) >= 3
 
 
 def test_make_targets_exist_and_the_lines_by_hand_are_what_make_runs() -> None:
@@ -147,7 +172,7 @@ def test_the_model_card_is_one() -> None:
 
 
 def test_one_slide(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ALONE:
+    for words in PARTS["alone"]:
         assert run(words) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "openslide:aperio" in said
@@ -181,7 +206,7 @@ def test_many_slides_through_prefect_and_ray(
 
     monkeypatch.setenv("PREFECT_API_URL", prefect_session)
     address = ray.get_runtime_context().gcs_address
-    for words in MANY:
+    for words in PARTS["many"]:
         if "--workers" in words:
             words = [*words[: words.index("--workers")], *words[words.index("--workers") + 2 :]]
         given = [address if word == "ray-head:6379" else word for word in words]
@@ -191,10 +216,54 @@ def test_many_slides_through_prefect_and_ray(
         assert re.findall(r"^complete +(\S+)", said.out, re.MULTILINE) == ["0.tiff", "1.tiff"]
 
 
+def test_a_slides_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_slides(tmp_path, 12, 224)
+    rows = [f"slides/{i}.tiff,{'ab'[i % 2]},p{i}" for i in range(12)]
+    (tmp_path / "cases.csv").write_text("\n".join(["image,label,patient", *rows]))
+    card = write_model(tmp_path)
+    network = card.network.model_copy(update={"embedding": "mean", "embedding_layer": card.cam.layer})
+    encoder = {"network": network, "output": OutputSpec(kind="embedding")}
+    write_card(tmp_path / "encoder.toml", card.model_copy(update=encoder))
+    for words in PARTS["bags"]:
+        more = ["--epochs", "4"] if words[1] == "train" else ["--pool", "serial", "--threads", "1"]
+        assert run([*words, *more]) == 0, capsys.readouterr().err
+    report = RunReport.model_validate_json((tmp_path / "decisions" / "run.json").read_text())
+    assert len(report.images) == 12
+    for image in report.images:
+        assert image.bag is not None
+        assert [c.method for c in image.channels] == ["contribution", "hirescam"]
+        assert {c.unit for c in image.channels} == {"logit"}
+
+
+def test_opening_the_result(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in PARTS["open"]:
+        if words[1] != "view":
+            assert run(words) == 0, capsys.readouterr().err
+            continue
+        viewer = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *words[1:], "--port", "0"], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert viewer.stdout is not None
+            address = viewer.stdout.readline().split()[-1]
+            with urllib.request.urlopen(f"{address}api/images", timeout=30) as answer:
+                assert any(image["name"] == "slide.svs" for image in json.load(answer)["images"])
+        finally:
+            viewer.send_signal(signal.SIGINT)
+            viewer.communicate(timeout=30)
+    (made,) = (here / "out").glob("slide-*")
+    for name in ("heatmap.ome.tif", "qupath_overlay.groovy", "regions.geojson", "tiles.csv"):
+        assert (made / "export" / name).stat().st_size > 0
+    assert (made / "report.html").stat().st_size > 10_000
+
+
 @pytest.mark.prefect
 def test_prefect_deployment(prefect_session: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", prefect_session)
-    for words in PREFECT:
+    for words in PARTS["prefect"]:
         more = ["--run-once", "--prefetch-seconds", "0"] if "worker" in words else []
         done = subprocess.run(
             [sys.executable, "-m", *words, *more],
@@ -227,6 +296,8 @@ def test_pictures_and_files_named_exist() -> None:
     for name in (
         "deploy/constraints.txt",
         "deploy/guide/methods.md",
+        "deploy/guide/bags.md",
+        "deploy/guide/encoders.md",
         "deploy/prefect.yaml",
         "CHANGELOG.md",
         "LICENSE",
