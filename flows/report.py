@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,9 @@ import typer
 from schemas.errors import GigacamError, SpecError
 
 if TYPE_CHECKING:
-    from schemas.run import ImageReport, RunReport
+    from schemas.run import RunReport
+
+log = logging.getLogger("gigacam")
 
 RUN, IMAGE = "run.json", "report.json"
 
@@ -52,7 +55,7 @@ def _check(folder: Path) -> None:
 def report_folder(folder: Path, top: int, batch_only: bool) -> bool:
     """Write the pages of a run, or of one image's folder; whether all were."""
     if not (folder / RUN).is_file():
-        return _image(folder, _read_image(folder / IMAGE), "", top)
+        return _image(folder, "", top)
     from workers.report.batch import write_batch_page
     from workers.report.private import names_of
 
@@ -61,15 +64,18 @@ def report_folder(folder: Path, top: int, batch_only: bool) -> bool:
     complete = True
     if not batch_only:
         for image, name in zip(run.images, names, strict=True):
-            page = folder / image.image_id / IMAGE
-            if image.image_id and image.status != "duplicate" and page.is_file():
-                complete &= _image(page.parent, _read_image(page), name, top)
+            own = folder / image.image_id
+            if image.image_id and image.status != "duplicate" and (own / IMAGE).is_file():
+                complete &= _image(own, name, top)
     print(write_batch_page(folder, run, names))
     return complete
 
 
-def _image(folder: Path, report: ImageReport, name: str, top: int) -> bool:
+def _image(folder: Path, name: str, top: int) -> bool:
+    from pydantic import ValidationError
+
     # Loaded here: a wrong request is answered before torch is imported for its tables of methods.
+    from schemas.run import ImageReport
     from workers.cam.bag_methods import BAG_METHODS
     from workers.cam.methods import METHODS
     from workers.report.image import write_image_page
@@ -77,10 +83,19 @@ def _image(folder: Path, report: ImageReport, name: str, top: int) -> bool:
 
     tile_methods = {key: row.info for key, row in METHODS.items()}
     bag_methods = {key: row.info for key, row in BAG_METHODS.items()}
+    path = folder / IMAGE
     try:
+        report = ImageReport.model_validate_json(path.read_text(encoding="utf-8"))
         print(write_image_page(folder, name or names_of([report])[0], report, tile_methods, bag_methods, top))
-    except GigacamError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:  # one image's page, whatever is wrong with it, never ends the others
+        if isinstance(error, GigacamError):
+            message = error.message
+        elif isinstance(error, ValidationError):
+            message = _other_version(path, error)
+        else:
+            message = f"{path}: {type(error).__name__}: {error}"
+            log.exception("%s: its page failed", folder)
+        print(f"error: {message}", file=sys.stderr)
         return False
     return True
 
@@ -92,17 +107,6 @@ def _read_run(path: Path) -> RunReport:
 
     try:
         return RunReport.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise SpecError(_other_version(path, error)) from error
-
-
-def _read_image(path: Path) -> ImageReport:
-    from pydantic import ValidationError
-
-    from schemas.run import ImageReport
-
-    try:
-        return ImageReport.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise SpecError(_other_version(path, error)) from error
 

@@ -88,7 +88,7 @@ def drop_derived(folder: Path) -> None:
 
     Exports are moved aside (`export.old-N`), as people may keep files of their own among them.
     """
-    for name in ("report.json", "overview.png", "heatmap.nii.gz"):
+    for name in ("report.json", "report.html", "overview.png", "heatmap.nii.gz"):
         (folder / name).unlink(missing_ok=True)
     if (folder / "export").is_dir():
         move_aside(folder / "export")

@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,7 @@ import workers.export.overview
 from flows.cli import app
 from schemas.geometry import Box
 from schemas.heatmap import ChannelInfo, Coverage, TileStatus
+from schemas.image import stem_of
 from schemas.run import Counts, ImageReport, Prediction, RunReport
 from tests.test_flows.networks import write_bag_card, write_factory_card
 from tests.test_flows.runs import explain, values_of
@@ -29,7 +31,8 @@ from tests.test_workers.test_export_overview import ArrayReader
 from workers.cam.bag_methods import BAG_METHODS
 from workers.cam.methods import METHODS
 from workers.export.words import INTENDED_USE
-from workers.report import limits
+from workers.publisher import drop_derived
+from workers.report import facts, limits
 from workers.report.batch import write_batch_page
 from workers.report.image import write_image_page
 from workers.report.pictures import SlidePictures, heat_at
@@ -328,6 +331,59 @@ def test_a_report_of_one_image_and_of_what_is_none(runs: Path, tmp_path: Path) -
     assert f"did you mean {runs / 'bag'}?" in str(wrong.exception)
 
 
+def test_what_tells_of_an_earlier_heatmap_is_left_out(tmp_path: Path) -> None:
+    own = tmp_path / "a"
+    ledger, page, measured = own / "heatmap.ome.zarr" / "zarr.json", own / "report.html", own / "methods.json"
+    ledger.parent.mkdir(parents=True)
+    for path in (ledger, page):
+        path.touch()
+    measured.write_text(json.dumps({"gradcam": {"auroc": {"lesion": 0.9}}}))
+    report = ImageReport(image="/x/a.svs", image_id="a", status="complete")
+    run = RunReport(images=(report,), pool="serial", seconds=1.0, versions={})
+    written = ledger.stat().st_mtime_ns
+    for later, current in ((1, True), (0, True), (-1, False)):
+        at = written + later * 10**9
+        for path in (page, measured):
+            os.utime(path, ns=(at, at))
+        batch = Page(write_batch_page(tmp_path, run, ["a.svs"]))
+        assert [v["href"] for tag, v in batch.tags if tag == "a"] == (["a/report.html"] if current else [])
+        assert (facts.metrics(own, str) is not None) == current
+    drop_derived(own)
+    assert not page.exists()
+
+
+def test_an_image_that_cannot_be_told_of_ends_no_other(runs: Path, tmp_path: Path) -> None:
+    """A folder of features, whose provenance has no heatmap; reports of other versions, outside and within."""
+    _, report = report_of(runs, "case-*")
+    of_maps = ("heatmap", "tissue", "run_id", "cells")
+    features = {k: v for k, v in report.provenance.items() if k not in of_maps} | {"stage": "embed"}
+    changed = {"image": {**features["image"], "levels": "many"}}
+    images = tuple(
+        report.model_copy(
+            update={"image": f"/x/{name}.svs", "image_id": f"{name}-01234567", "channels": (), "prediction": (), "bag": None,
+                    "provenance": provenance},
+        )
+        for name, provenance in (("old", features), ("changed", {**features, **changed}), ("embedded", features))
+    )  # fmt: skip
+    for image in images:
+        (tmp_path / image.image_id).mkdir()
+        (tmp_path / image.image_id / "report.json").write_text(image.model_dump_json())
+    (tmp_path / "old-01234567" / "report.json").write_text('{"picture": 1}')
+    run = RunReport(images=images, pool="serial", seconds=1.0, versions={})
+    (tmp_path / "run.json").write_text(run.model_dump_json())
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    pages = [tmp_path / "embedded-01234567" / "report.html", tmp_path / "report.html"]
+    assert (done.exit_code, done.stdout.splitlines()) == (1, list(map(str, pages)))
+    for name in ("old", "changed"):
+        path = tmp_path / f"{name}-01234567" / "report.json"
+        assert f"error: {path}: was not written by this version" in done.stderr
+    page = Page(pages[0])
+    assert_sound(page)
+    assert "nothing is explained yet: there is no map" in page.text
+    assert "with features" in page.text
+    assert features["tiles_id"] in page.text
+
+
 def test_names_are_hidden_where_ids_are_hashes() -> None:
     shown = ImageReport(
         image="/ward 7/Jane Doe.svs", image_id="0123abcd", status="gaps", output="/ward 7/out/0123abcd",
@@ -347,6 +403,17 @@ def test_names_are_hidden_where_ids_are_hashes() -> None:
     assert names_of([failed]) == ["John Roe.svs"]
     kept = without_folders(failed, "John Roe.svs")
     assert kept.error == "John Roe.svs: gone"
+    for file in ("JaneDoe.nii.gz", "Jane_Doe.ome.tiff", "Jane Doe.svs"):
+        stem = stem_of(file)
+        meta = {"uri": f"/ward 7/{file}", "stem": stem}
+        report = shown.model_copy(
+            update={"image": meta["uri"], "error": "", "notes": (stem,), "provenance": {"image": meta}}
+        )
+        kept = without_folders(report, "0123abcd")
+        assert kept.provenance["image"]["stem"] == kept.notes[0] == "0123abcd"
+        assert "Doe" not in kept.model_dump_json()
+        bare = report.model_copy(update={"provenance": {}})
+        assert "Doe" not in without_folders(bare, "0123abcd").model_dump_json()
     relative = ImageReport(
         image="ward/a.svs", status="failed", error="ward/a.svs: 1/2 tiles, a.svs, forward/back"
     )

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.run import ImageReport, RunReport
+from workers.export.context import HEATMAP
 from workers.report import facts
 from workers.report.image import NAME
 from workers.report.pages import write_page
 from workers.report.private import without_folders
+from workers.store.folders import written_after
 
 LOST = ("failed", "interrupted", "not started", "gaps")
 """What needs somebody's attention, most first."""
@@ -24,7 +26,7 @@ class Line:
     report: ImageReport
     status: str
     link: str
-    """Of its own report, relative; empty where there is none."""
+    """Of its own report, relative; empty where there is none of the heatmap as it is now."""
     prediction: tuple[tuple[str, float], ...]
     """Class and score: the bag's logit, or the mean over tiles."""
     predicted: str
@@ -62,12 +64,13 @@ def write_batch_page(folder: Path, run: RunReport, names: Sequence[str]) -> Path
 
 def _line(folder: Path, report: ImageReport, name: str) -> Line:
     shown = without_folders(report, name)
-    page = folder / report.image_id / NAME
+    own = folder / report.image_id
+    current = bool(report.image_id) and written_after(own / NAME, own / HEATMAP)
     bag = report.bag
     return Line(
         report=shown,
         status=facts.STATUS[report.status],
-        link=f"{report.image_id}/{NAME}" if report.image_id and page.exists() else "",
+        link=f"{report.image_id}/{NAME}" if current else "",
         prediction=tuple((p.target, p.mean) for p in report.prediction)
         if bag is None
         else tuple(zip(bag.classes, bag.logits, strict=True)),

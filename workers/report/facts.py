@@ -14,8 +14,10 @@ from schemas.heatmap import Coverage
 from schemas.image import ImageMeta
 from schemas.run import HeatmapInfo, ImageReport
 from workers.export import words
+from workers.export.context import HEATMAP
 from workers.report.limits import FLAGS
 from workers.report.private import Clean
+from workers.store.folders import written_after
 
 COVERAGE: Mapping[Coverage, str] = {
     Coverage.PENDING: "not computed yet",
@@ -121,28 +123,38 @@ def model(report: ImageReport) -> list[Row]:
     return [(name, value) for name, value in rows if value]
 
 
+def tiles_have(report: ImageReport) -> str:
+    """What a tile that is done has."""
+    return "features" if report.provenance.get("stage") == "embed" else "a map"
+
+
 def how(report: ImageReport) -> list[Row]:
     """What was asked, and where it ran."""
     provenance = report.provenance
     if "spec" not in provenance:
         return []
-    spec, heatmap = provenance["spec"], provenance["heatmap"]
-    cam, grid, lattice = spec["cam"], spec["grid"], provenance["lattice"]
-    methods = [*cam["bag_methods"], *cam["methods"]]
-    return [
-        ("Methods", ", ".join(methods)),
-        ("Targets", ", ".join(cam["targets"])),
-        ("Layer", cam["layer"]),
+    spec, lattice = provenance["spec"], provenance["lattice"]
+    cam, grid = spec["cam"], spec["grid"]
+    ran = [
         ("Precision", cam["precision"]),
         ("Tiles", f"{times(grid['tile_px'])} model pixels ({times(lattice['tile_l0'])} level-0), overlap {grid['overlap']:.0%}"),
-        ("Tissue", f"{provenance['tissue']['method']}, {provenance['tissue']['fraction']:.1%} of the image"),
-        ("Heatmap pixel", f"{heatmap['downsample']} level-0 pixels; tiles blended by {heatmap['importance']} weights"),
         ("Batch and unit", f"{spec['batch']} tiles, {spec['unit']} tiles"),
         ("Device", provenance["device"] or "none"),
         ("Ran on", provenance["pool"]),
-        ("Seeds", "fixed: noise and samples are drawn by the number of each tile, so that the same request gives the same numbers"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())),
         ("Tile maps (id)", provenance["tiles_id"]),
+    ]  # fmt: skip
+    if "heatmap" not in provenance:  # the tiles were embedded, and nothing is explained yet
+        return ran
+    heatmap, tissue = provenance["heatmap"], provenance["tissue"]
+    return [
+        ("Methods", ", ".join([*cam["bag_methods"], *cam["methods"]])),
+        ("Targets", ", ".join(cam["targets"])),
+        ("Layer", cam["layer"]),
+        ("Tissue", f"{tissue['method']}, {tissue['fraction']:.1%} of the image"),
+        ("Heatmap pixel", f"{heatmap['downsample']} level-0 pixels; tiles blended by {heatmap['importance']} weights"),
+        ("Seeds", "fixed: noise and samples are drawn by the number of each tile, so that the same request gives the same numbers"),
+        *ran,
         ("Heatmap (id)", provenance["run_id"]),
     ]  # fmt: skip
 
@@ -183,9 +195,9 @@ MEASURED = {
 
 
 def metrics(folder: Path, clean: Clean) -> Metrics | None:
-    """What was measured of an image whose truth is known (`methods.json`); None where nothing was."""
+    """What was measured of an image whose truth is known (`methods.json`); None where nothing was, or of an earlier heatmap."""
     path = folder / "methods.json"
-    if not path.exists():
+    if not written_after(path, folder / HEATMAP):
         return None
     document: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     used = {name: facts for name, facts in document.items() if not facts.get("reason")}

@@ -121,6 +121,8 @@ def write_image_page(
     whole: list[Panel] = []
     areas: dict[str, list[facts.Area]] = {}
     notes: list[str] = []
+    if facts.tiles_have(report) == "features":
+        notes.append("The tiles were embedded, and nothing is explained yet: there is no map.")
     if report.status in ("complete", "gaps") and report.channels:
         context = ExportContext.open(folder)
         heatmap, tiles = context.heatmap, context.tiles
@@ -180,6 +182,7 @@ def write_image_page(
         notes=[*notes, *shown.notes],
         flags=facts.flags(shown),
         failures=shown.failures[:MOST_FAILURES],
+        tiles_have=facts.tiles_have(report),
         source=facts.source(shown),
         model=facts.model(shown),
         how=facts.how(shown),

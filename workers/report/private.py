@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from schemas.image import stem_of
 from schemas.run import ImageReport
 
 _HASHED = re.compile(r"[0-9a-f]{8}")
@@ -20,10 +21,13 @@ Clean = Callable[[str], str]
 def cleaner(report: ImageReport, name: str) -> Clean:
     """What cuts every path in a text to its last part; where the image is not called by its file name, that goes too."""
     image = report.image.rstrip("/")
-    source = str(report.provenance.get("image", {}).get("uri", ""))
+    meta = report.provenance.get("image", {})
+    source = str(meta.get("uri", ""))
     whole = [p for p in (image, source) if p and not p.startswith("procedural:")]
     folders = {str(Path(p).parent) for p in (*whole, report.output) if p} - {".", "/"}
-    hidden = {n for path in whole for n in (Path(path).name, Path(path).stem)}
+    names = {Path(path).name for path in whole} - {""}
+    hidden = {*names, *(Path(n).stem for n in names), *map(stem_of, names), str(meta.get("stem", ""))}
+    hidden.discard("")
     steps = [(rf"(?<![\w.-]){re.escape(f)}/", "") for f in sorted(folders, key=len, reverse=True)]
     if name != shown_name(image):
         steps += [(rf"(?<!\w){re.escape(n)}(?!\w)", name) for n in sorted(hidden, key=len, reverse=True)]

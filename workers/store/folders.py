@@ -84,3 +84,18 @@ def sweep_partials(path: Path) -> None:
     """Delete what a killed writer left: Zarr writes `<chunk>.<hex>.partial`, then renames."""
     for leftover in path.rglob("*.partial"):
         leftover.unlink(missing_ok=True)
+
+
+def written_after(path: Path, store: Path) -> bool:
+    """Whether a file made from a store is there and still about it: one that is older tells of an earlier state.
+
+    Where the store is gone, there is nothing else it could be about.
+    """
+    try:
+        written = path.stat().st_mtime_ns
+    except OSError:
+        return False
+    try:
+        return (store / "zarr.json").stat().st_mtime_ns <= written
+    except OSError:
+        return True

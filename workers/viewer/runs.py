@@ -18,6 +18,7 @@ from schemas.errors import StoreError
 from schemas.image import ImageMeta, ReadOptions
 from schemas.run import HeatmapInfo, ImageReport, TilesInfo
 from workers.report.private import shown_name, without_folders
+from workers.store.folders import written_after
 from workers.store.heatmap import HeatmapStore
 from workers.store.tiles import TilesStore
 from workers.viewer.sources import Origin
@@ -189,8 +190,7 @@ def _prediction(report: ImageReport | None) -> tuple[dict[str, Any], ...]:
 
 def _auroc(folder: Path, channels: Sequence[tuple[str, str]]) -> tuple[dict[str, float], str]:
     """AUROC by channel label from `methods.json`, which is written where the truth is known; its first question."""
-    written, heat = marks(folder / METHODS, folder / HEATMAP / "zarr.json")
-    if written is None or (heat is not None and heat[0] > written[0]):
+    if not written_after(folder / METHODS, folder / HEATMAP):
         return {}, ""
     try:
         document = json.loads((folder / METHODS).read_text(encoding="utf-8"))
