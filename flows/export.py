@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.options import AsJson, words
-from schemas.errors import GigacamError, SpecError
+from schemas.errors import GigacamError, SpecError, StoreError
 
 if TYPE_CHECKING:
     from schemas.export import ExportOptions, ExportReport
@@ -95,6 +95,10 @@ def register(app: typer.Typer) -> None:
             source_url=source_url,
         )
         folders = [folder for one in out for folder in image_folders(one)]
+        served = {folder.resolve().parent for folder in folders}
+        if url and len(served) > 1:
+            msg = f"--url {url}: is the address of one output folder, and {len(served)} are named; export each with its own --url"
+            raise SpecError(msg)
         reports = [r for folder in folders for r in export_image(folder, words(to), options, quiet=as_json)]
         if as_json:
             print(json.dumps([r.model_dump(mode="json") for r in reports]))
@@ -113,7 +117,7 @@ def check_formats(names: Sequence[str]) -> None:
 def export_image(
     folder: Path, names: Sequence[str], options: ExportOptions | None = None, quiet: bool = True
 ) -> tuple[ExportReport, ...]:
-    """Write exports of one image; what goes wrong with one ends in its report, and the others go on.
+    """Write exports of one image; what goes wrong with one ends in its report, and all but those that refer to it go on.
 
     Raises
     ------
@@ -126,10 +130,14 @@ def export_image(
 
     reports: list[ExportReport] = []
     context: ExportContext | None = None
+    failed: set[str] = set()
     for row in resolve(names):
         began = time.perf_counter()
         report = ExportReport(image_id=folder.resolve().name, name=row.name)
         try:
+            if lacking := failed.intersection(row.needs):
+                msg = f"{report.image_id}: {row.name} refers to {', '.join(lacking)}, which could not be written; put that right and export {row.name} again"
+                raise StoreError(msg)
             context = context or ExportContext.open(folder, options)
             if context.kind in row.kinds:
                 files = tuple(map(str, run_export(row, context)))
@@ -142,6 +150,7 @@ def export_image(
             if not isinstance(error, GigacamError):
                 log.exception("%s: %s failed", folder, row.name)
             report = report.model_copy(update={"error": message})
+            failed.add(row.name)
         reports.append(report.model_copy(update={"seconds": time.perf_counter() - began}))
         if not quiet:
             _say(reports[-1])

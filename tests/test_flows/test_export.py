@@ -59,7 +59,7 @@ def explain(gigacam: Run, tmp_path: Path) -> Run:
 
 
 def test_exports_are_made_with_the_image_and_asked_for_again(
-    explain: Run, gigacam: Run, tmp_path: Path
+    explain: Run, gigacam: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out, _ = explain("--export", "csv,qupath", "--json")
     assert code == 0
@@ -106,6 +106,15 @@ def test_exports_are_made_with_the_image_and_asked_for_again(
     assert code == 2
     assert "a slide has no nifti export; it is for volumes" in err
 
+    # What refers to a file that could not be written is not written either; an earlier such file may lie there.
+    (folder / "heatmap.ome.tif").touch()
+    monkeypatch.setattr("workers.export.ome_tiff.write", lambda *_: 1 / 0)
+    code, out, err = gigacam("export", out_folder, "--to", "qupath,csv")
+    assert code == 1
+    assert "qupath refers to ome-tiff, which could not be written" in err
+    assert not (folder / "qupath_overlay.groovy").exists()
+    assert [line.split()[0] for line in out.splitlines()] == ["csv"]
+
 
 def test_a_failing_export_ends_with_1_and_leaves_the_image_complete(
     explain: Run, monkeypatch: pytest.MonkeyPatch
@@ -137,6 +146,19 @@ def test_a_wrong_request_ends_with_2(gigacam: Run, tmp_path: Path, words: tuple[
     code, _, err = gigacam("export", str(tmp_path), *words)
     assert code == 2
     assert said in err
+
+
+def test_an_address_is_that_of_one_output_folder(gigacam: Run, tmp_path: Path) -> None:
+    images = [tmp_path / name for name in ("a/one", "a/two", "b/one")]
+    for image in images:
+        (image / "heatmap.ome.zarr").mkdir(parents=True)
+    asked = ("--to", "neuroglancer", "--url", "http://127.0.0.1:8000/raw/0")
+    code, _, err = gigacam("export", str(tmp_path / "a"), str(tmp_path / "b"), *asked)
+    assert code == 2
+    assert "is the address of one output folder, and 2 are named" in err
+    code, _, err = gigacam("export", *map(str, images[:2]), *asked)  # images of one folder
+    assert code == 1
+    assert err.count("no heatmap") == 2
 
 
 def test_an_unknown_format_is_refused_before_anything_is_computed(explain: Run, tmp_path: Path) -> None:

@@ -118,6 +118,12 @@ def test_the_script_holds_registration_colours_and_windows(slide_run: Path) -> N
     assert f"[{low!r}d, {high!r}d]" in script
     assert len(re.findall(r"0x[0-9a-f]{6}", script)) == 512
     assert script.count("{") == script.count("}")
+    labels = ", ".join(quoted(channel.label) for channel in context.info.channels)
+    assert f"def channels = [{labels}]" in script
+    assert script.index("if (found != channels)") < script.index("readRegion")
+    with tifffile.TiffFile(slide_run / "export" / "heatmap.ome.tif") as tif:
+        described = tifffile.xml2dict(tif.ome_metadata or "")["OME"]["Image"]["Pixels"]["Channel"]
+    assert [row["Name"] for row in described] == [channel.label for channel in context.info.channels]
     assert script.isascii()
 
 

@@ -21,7 +21,8 @@ def write(context: ExportContext, path: Path) -> None:
     """The script, with the colours, windows and registration of this heatmap.
 
     It colours the values itself: QuPath's own colour maps look at the first channel only where pixels are floats, and its
-    transforming image server reads a scaled heatmap coarser than the screen.
+    transforming image server reads a scaled heatmap coarser than the screen. The OME-TIFF may be written again with other
+    channels, so that the script shows nothing where it does not find those it was written with.
     """
     info = context.info
     names, windows, signs = [], [], []
@@ -37,6 +38,7 @@ def write(context: ExportContext, path: Path) -> None:
         about="\n".join(f" * {line}" for line in _comment(statement.text(context)).splitlines()),
         versions=WRITTEN_FOR,
         heatmap=quoted(str(context.folder.resolve() / "export" / HEATMAP)),
+        channels=", ".join(quoted(info.channels[c].label) for c in context.channels),
         names=", ".join(names),
         windows=", ".join(windows),
         signs=", ".join(signs),
@@ -97,6 +99,7 @@ import qupath.lib.regions.RegionRequest
 int channel = 0
 def heatmap = new File($heatmap)
 
+def channels = [$channels]   // as the file calls them
 def names = [$names]
 def legends = [$legend]
 def windows = [$windows]
@@ -128,6 +131,11 @@ if (!heatmap.exists()) {
 }
 
 def server = ImageServers.buildServer(heatmap.toURI().toString())
+def found = server.getMetadata().getChannels().collect { it.getName() }
+if (found != channels) {
+    println "$${heatmap} holds the channels $${found}, this script was written for $${channels}: nothing is shown. Export qupath once more, which writes both."
+    return
+}
 double low = windows[channel][0], high = windows[channel][1]
 int[] colours = signed[channel] ? diverging : viridis
 
