@@ -32,8 +32,12 @@ def made_heatmap(
     coverage: NDArray[np.uint8] | None = None,
     channels: Sequence[ChannelInfo] | None = None,
     publish: bool = True,
+    inside: NDArray[np.uint8] | None = None,
 ) -> HeatmapStore:
-    """`values` `(c, *S)` at level 0 of the heatmap, all levels written; without `coverage` NaN is background."""
+    """`values` `(c, *S)` at level 0 of the heatmap, all levels written; without `coverage` NaN is background.
+
+    `inside` is the coverage of channels of maps inside some of the tiles.
+    """
     grid = heatmap_grid(meta.shape_l0, downsample)
     if coverage is None:
         coverage = np.where(np.isfinite(values[0]), Coverage.EVALUATED, Coverage.BACKGROUND).astype(np.uint8)
@@ -46,6 +50,7 @@ def made_heatmap(
         channels=tuple(channels or (SIGNED,) * len(values)),
         spacing=meta.spacing,
         spacing_unit="um" if meta.kind == "slide" else "mm",
+        partial=inside is not None,
     )
     store = HeatmapStore.create(path, info, "test")
     means = [np.asarray(v, np.float32) for v in values]
@@ -55,11 +60,13 @@ def made_heatmap(
             means = [halve_mean(m) for m in means]
             peaks = [halve_absmax(p) for p in peaks]
             coverage = halve_coverage(coverage)
+            inside = None if inside is None else halve_coverage(inside)
         for block in all_blocks(grid, level):
             at = _region(grid, level, block)
             store.write_block(
-                level, block, coverage[at], [m[at] for m in means], [p[at] for p in peaks] if level else ()
-            )
+                level, block, coverage[at], [m[at] for m in means], [p[at] for p in peaks] if level else (),
+                None if inside is None else inside[at],
+            )  # fmt: skip
     if publish:
         stats = channel_statistics(store.as_dask(), [c.signed for c in info.channels])
         store.publish(stats.value_range, stats.display)

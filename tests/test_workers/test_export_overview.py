@@ -20,7 +20,8 @@ from schemas.heatmap import Coverage
 from schemas.image import ImageMeta, LevelMeta
 from schemas.run import MapGrid, TilesInfo
 from tests.test_workers.made_heatmaps import SIGNED, UNSIGNED, made_heatmap
-from workers.export import words
+from workers.export import contact, words
+from workers.export.overlay import compose
 from workers.export.overview import overview_figure, write_overview
 from workers.export.planes import VIEWS, position_words
 from workers.readers.opening import open_image
@@ -290,3 +291,24 @@ def test_numbers_and_lengths_are_written_for_people() -> None:
     assert words.sides((3.0, 1.0, 1.0), "mm") == "1 × 1 × 3 mm"
     assert [words.power_of_ten((-v, v)) for v in (1.0, 0.05, 2e-5, 3e4)] == [0, 0, -5, 4]
     assert math.isclose(2e-5 / 10 ** words.power_of_ten((0, 2e-5)), 2)
+
+
+def test_a_contact_sheet_dims_what_each_map_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bag's relevance lies on every tile, the map inside on the left half alone."""
+    reader = ArrayReader(np.full((3, 160, 240), 235, np.uint8))
+    heat = np.ones((2, 20, 30), np.float32)
+    inside = np.full((20, 30), Coverage.EVALUATED, np.uint8)
+    inside[:, 15:], heat[1, :, 15:] = Coverage.LEFT_OUT, np.nan
+    channels = (SIGNED.model_copy(update={"bag_method": "contribution"}), SIGNED)
+    store = made_heatmap(
+        tmp_path / "a" / "h.ome.zarr", reader.meta, 8, heat, channels=channels, inside=inside
+    )
+    drawn = []
+
+    def seen(picture: Any, values: Any, coverage: Any, *rest: Any) -> Any:
+        drawn.append(set(np.unique(coverage[:, 120:]).tolist()))
+        return compose(picture, values, coverage, *rest)
+
+    monkeypatch.setattr(contact, "compose", seen)
+    contact.write_contact_sheet(tmp_path / "sheet.png", reader, reader, store, (), {})
+    assert drawn == [{Coverage.EVALUATED}, {Coverage.LEFT_OUT}]

@@ -17,13 +17,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from schemas.errors import SpecError
+from schemas.errors import SourceError, SpecError
+from schemas.heatmap import Coverage
+from schemas.image import ReadOptions
 from tests.test_workers.made_exports import heat_grid, made_context
 from tests.test_workers.made_heatmaps import SIGNED, UNSIGNED
 from workers.export.context import ExportContext
 from workers.export.figure import colours
 from workers.export.layers import colour_map, heat_layers, show, source_layer
 from workers.export.targets import EXPORTS, run_export
+from workers.readers.arrays import array_reader
 from workers.readers.reader import Reader
 from workers.stitching import grid as grids
 
@@ -174,6 +177,41 @@ def test_napari_layers_of_an_oblique_volume_lie_in_the_patient(tmp_path: Path) -
         np.testing.assert_array_equal(layers[-1][0].compute(), cast("Any", nib.load(path)).get_fdata().T)
     assert layers[0][1]["units"] == ("mm",) * 3
     assert layers[0][0].shape == (5, 5, 6), "one level is no pyramid"
+
+
+def test_napari_is_given_8_bits_in_one_window() -> None:
+    """Floats from 0 to 1 are what it takes for colours; its own choice of a window would differ from block to block."""
+    pixels = np.linspace(1_000, 60_000, 1500 * 1100).reshape(1500, 1100).astype(np.uint16)
+    reader = array_reader(pixels, ReadOptions(mpp_um=0.5))
+    pyramid, own, _ = source_layer(reader, "slide")
+    shown = pyramid[0].compute()
+    assert own["rgb"]
+    assert pyramid[0].dtype == shown.dtype == np.uint8
+    assert shown.shape == (1500, 1100, 3)
+    low, high = np.percentile(pixels, [0.5, 99.5])
+    expected = 255 * np.clip((pixels.astype(float) - low) / (high - low), 0, 1)
+    assert np.abs(shown - expected[..., None]).max() < 2
+
+
+def test_features_alone_have_no_source_to_show(slide: ExportContext) -> None:
+    with slide.source() as reader:
+        alone = cast("Reader", SimpleNamespace(meta=reader.meta.model_copy(update={"pixels": False})))
+    with pytest.raises(SourceError, match="features alone have no pixels to show"):
+        source_layer(alone, "slide")
+
+
+def test_napari_says_why_of_maps_inside_some_tiles_too(tmp_path: Path) -> None:
+    shape = heat_grid((1803, 2411), DOWNSAMPLE)
+    values = np.zeros((2, *shape), np.float32)
+    inside = np.full(shape, Coverage.EVALUATED, np.uint8)
+    inside[HOT] = Coverage.LEFT_OUT
+    values[(1, *HOT)] = np.nan
+    channels = [SIGNED.model_copy(update={"bag_method": "contribution"}), SIGNED]
+    context = made_context(tmp_path / "image", SLIDE, DOWNSAMPLE, values, channels=channels, inside=inside)
+    labels = [(data, given["name"]) for data, given, kind in heat_layers(context) if kind == "labels"]
+    assert [name.partition(":")[0] for _, name in labels] == ["coverage", "inside"]
+    found = [np.asarray((data[0] if isinstance(data, list) else data)[HOT]) for data, _ in labels]
+    assert found == [Coverage.EVALUATED, Coverage.LEFT_OUT]
 
 
 @pytest.mark.parametrize("signed", [False, True])

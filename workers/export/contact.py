@@ -54,7 +54,8 @@ class _Picture:
 
     ground: NDArray[np.uint8]
     """`(H, W, 3)`."""
-    coverage: NDArray[np.uint8]
+    coverage: Mapping[str, NDArray[np.uint8]]
+    """By label: channels may differ in it."""
     truth: NDArray[Any]
     heats: tuple[NDArray[np.float32], ...]
     where: str
@@ -100,8 +101,11 @@ def _slide(reader: Reader, truth: Reader, heatmap: HeatmapStore) -> _Picture:
     labels, truth_l0, _ = read_overview(truth, spacing=tuple(s * step for s in info.spacing))
     level = level_for(len(info.grid.levels), info.grid.downsample, picture_l0)
     heat_l0 = [d * 2**level for d in info.grid.downsample]
-    coverage = place(np.asarray(heatmap.coverage(level)[...]), heat_l0, shape, picture_l0)
-    crop = _around(coverage == Coverage.EVALUATED)
+    coverage = {
+        label: place(np.asarray(heatmap.label(label, level)[...]), heat_l0, shape, picture_l0)
+        for label in info.labels
+    }
+    crop = _around(coverage["coverage"] == Coverage.EVALUATED)
     heats = [
         place(np.asarray(heatmap.image(level)[c]), heat_l0, shape, picture_l0)[crop]
         for c in range(len(info.channels))
@@ -110,7 +114,7 @@ def _slide(reader: Reader, truth: Reader, heatmap: HeatmapStore) -> _Picture:
             for s, d, p in zip(crop, picture_l0, info.spacing, strict=True)]  # fmt: skip
     return _Picture(
         rgb(pixels)[crop],
-        coverage[crop],
+        {label: codes[crop] for label, codes in coverage.items()},
         place(labels[0], truth_l0, shape, picture_l0)[crop],
         tuple(heats),
         f"{size[1]} × {size[0]} of the slide",
@@ -131,15 +135,18 @@ def _plane(reader: Reader, truth: Reader, heatmap: HeatmapStore) -> _Picture:
     level = level_for(len(info.grid.levels), info.grid.downsample[1:], picture_l0)
     heat_l0 = [d * 2**level for d in info.grid.downsample[1:]]
     z_hm = z // info.grid.downsample[0] >> level
-    coverage = place(np.asarray(heatmap.coverage(level)[z_hm]), heat_l0, shape, picture_l0)
+    coverage = {
+        label: place(np.asarray(heatmap.label(label, level)[z_hm]), heat_l0, shape, picture_l0)
+        for label in info.labels
+    }
     heats = [
         place(np.asarray(heatmap.image(level)[c, z_hm]), heat_l0, shape, picture_l0)
         for c in range(len(info.channels))
     ]
-    (ground,) = grey([read_plane(reader, view, voxel)], [coverage == Coverage.EVALUATED])
+    (ground,) = grey([read_plane(reader, view, voxel)], [coverage["coverage"] == Coverage.EVALUATED])
     return _Picture(
         oriented(ground),
-        oriented(coverage),
+        {label: oriented(codes) for label, codes in coverage.items()},
         oriented(place(labels[z], (1.0, 1.0), shape, picture_l0)),
         tuple(oriented(heat) for heat in heats),
         f"axial slice {z + 1} of {meta.shape_l0[0]}, the patient's right on the left",
@@ -204,7 +211,8 @@ def _figure(
             channel = info.channels[i - 1]
             low, high = window = display_window(heatmap, i - 1, 0)
             args = (window, channel.signed, colours(channel.signed))
-            shown = compose(picture.ground, picture.heats[i - 1], picture.coverage, *args)
+            coverage = picture.coverage[info.label_of(channel)]
+            shown = compose(picture.ground, picture.heats[i - 1], coverage, *args)
             name = channel.method
             scale = (
                 f"{words.number(low)} to {words.number(high)}"

@@ -14,7 +14,7 @@ import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.errors import SpecError
+from schemas.errors import SourceError, SpecError
 from schemas.geometry import Box
 from schemas.heatmap import Coverage
 from schemas.image import ImageMeta
@@ -22,8 +22,8 @@ from workers.export import statement
 from workers.export.context import ExportContext
 from workers.export.figure import colours
 from workers.export.overlay import heat_rgba
-from workers.export.overview import display_window
-from workers.readers.overview import choose_level
+from workers.export.overview import display_window, rgb
+from workers.readers.overview import choose_level, value_window
 from workers.readers.reader import Reader
 
 LayerData = tuple[Any, dict[str, Any], str]
@@ -41,7 +41,7 @@ _COVERAGE_RGBA = {
 
 
 def heat_layers(context: ExportContext) -> list[LayerData]:
-    """A layer a channel, the first one shown, and the coverage, hidden.
+    """A layer a channel, the first one shown, and why there is no value, hidden: a layer a label, as channels may differ in it.
 
     Values stay raw and NaN stays NaN, so that napari shows "nan" where nobody looked.
     """
@@ -68,36 +68,46 @@ def heat_layers(context: ExportContext) -> list[LayerData]:
                 "image",
             )
         )
-    coverage = [
-        da.from_array(heatmap.coverage(level), chunks=heatmap.coverage(level).shards) for level in levels
-    ]
-    layers.append(
-        (
-            pyramid(coverage),
-            {
-                "name": "coverage: why there is no value",
-                "colormap": _COVERAGE_RGBA,
-                "visible": False,
-                **where,
-            },
-            "labels",
+    for label in info.labels:
+        codes = [heatmap.label(label, level) for level in levels]
+        layers.append(
+            (
+                pyramid([da.from_array(array, chunks=array.shards) for array in codes]),
+                {
+                    "name": f"{label}: why there is no value",
+                    "colormap": _COVERAGE_RGBA,
+                    "visible": False,
+                    **where,
+                },
+                "labels",
+            )
         )
-    )
     return layers
 
 
 def source_layer(reader: Reader, name: str) -> LayerData:
-    """The source as one layer: a slide as RGB pyramid, a volume whole; nothing is read before it is shown.
+    """The source as one layer: a slide as 8-bit RGB pyramid, a volume whole.
+
+    Nothing is read before it is shown, but for the window of a slide that is not of 8 bits.
 
     Parameters
     ----------
     reader
         Kept open for as long as the layer lives, one read at a time.
+
+    Raises
+    ------
+    SourceError
+        It has no pixels, or its window cannot be read.
     """
     meta = reader.meta
+    if not meta.pixels:
+        msg = f"{meta.uri}: features alone have no pixels to show; explain the slide, with this file by --features, to see it"
+        raise SourceError(msg)
+    window = value_window(reader) if meta.kind == "slide" else None
     lock = threading.Lock()
     factors = list(_factors(meta))
-    data = [_lazy(reader, factor, lock) for factor in factors]
+    data = [_lazy(reader, factor, lock, window) for factor in factors]
     arguments: dict[str, Any] = {"name": name, "blending": "translucent_no_depth"}
     if meta.kind == "slide":
         arguments |= {"rgb": True}
@@ -171,13 +181,13 @@ def _factors(meta: ImageMeta) -> Iterator[int]:
         yield factor
 
 
-def _lazy(reader: Reader, factor: int, lock: threading.Lock) -> da.Array:
+def _lazy(reader: Reader, factor: int, lock: threading.Lock, window: tuple[float, float] | None) -> da.Array:
     """A level of the source as a dask array: `(h, w, 3)` of a slide, `(z, y, x)` of a volume."""
     meta = reader.meta
     shape = tuple(math.ceil(n / factor) for n in meta.shape_l0)
     level = choose_level(meta, (float(factor),) * meta.ndim)
     tail = (3,) if meta.kind == "slide" else ()
-    dtype = np.uint8 if meta.dtype == "uint8" else np.float32
+    dtype = np.uint8 if meta.kind == "slide" or meta.dtype == "uint8" else np.float32
 
     def read(block_info: Any = None) -> NDArray[Any]:
         location = block_info[None]["array-location"][: meta.ndim]
@@ -187,8 +197,7 @@ def _lazy(reader: Reader, factor: int, lock: threading.Lock) -> da.Array:
             pixels, _ = reader.read(box, tuple(b - a for a, b in zip(start, stop, strict=True)), level)
         if meta.kind == "volume":
             return np.asarray(pixels[0], dtype)
-        shown = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
-        return np.ascontiguousarray(np.moveaxis(shown, 0, -1), dtype)
+        return rgb(pixels, window)
 
     chunks = tuple(
         tuple(min(CHUNK_PX, n - a) for a in range(0, n, CHUNK_PX)) if meta.kind == "slide" else (n,)

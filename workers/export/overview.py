@@ -228,11 +228,14 @@ def display_window(heatmap: HeatmapStore, channel: int, level: int) -> tuple[flo
     return channel_statistics(lazy, [info.channels[channel].signed]).display[0]
 
 
-def rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """`(C, H, W)` of any channels and type as `(H, W, 3)` uint8: the first three channels, or grey from the first."""
+def rgb(pixels: NDArray[Any], window: tuple[float, float] | None = None) -> NDArray[np.uint8]:
+    """`(C, H, W)` of any channels and type as `(H, W, 3)` uint8: the first three channels, or grey from the first.
+
+    Values that are not uint8 are black to white over `window`, else over their own range.
+    """
     chosen = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
     if chosen.dtype != np.uint8:
-        low, high = float(np.nanmin(chosen)), float(np.nanmax(chosen))
+        low, high = window or (float(np.nanmin(chosen)), float(np.nanmax(chosen)))
         chosen = (
             np.rint((np.nan_to_num(chosen) - low) * (255 / ((high - low) or 1.0)))
             .clip(0, 255)

@@ -21,6 +21,10 @@ BLOCK_PX = 2_000_000
 """Level pixels read at once."""
 SMALLEST_SPLIT = 8
 """A block that fails is halved, at most this often an axis smaller, to tell its good parts from the bad."""
+WINDOW_PX = 250_000
+"""Pixels from which the window of a slide that is not 8-bit colour is taken."""
+WINDOW_PERCENT = (0.5, 99.5)
+"""Its ends, of those pixels: a few outliers do not darken the rest."""
 
 
 def overview_downsample(
@@ -156,3 +160,20 @@ def _read_block(
             pixels[tuple(edge)] = pixels[tuple(inner)]
     out[(slice(None), *window)] = pixels
     yield window, None
+
+
+def value_window(reader: Reader) -> tuple[float, float] | None:
+    """Values of a slide shown black and white, the same all over it; None where its pixels are 8-bit as they are.
+
+    Raises
+    ------
+    SourceError
+        Nothing of it can be read.
+    """
+    if reader.meta.dtype == "uint8":
+        return None
+    pixels, _, _ = read_overview(reader, max_px=WINDOW_PX)
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1]
+    finite = shown[np.isfinite(shown)]
+    low, high = (float(v) for v in np.percentile(finite, WINDOW_PERCENT)) if finite.size else (0.0, 1.0)
+    return low, high if high > low else low + 1.0
