@@ -16,7 +16,7 @@ from schemas.frozen import Frozen
 from schemas.run import Report
 from workers.cam.bag import BagView
 from workers.cam.bag_methods import attribute
-from workers.cam.targets import functionals, resolve
+from workers.cam.targets import functionals, predicted_name, resolve
 from workers.explainer import open_planned
 from workers.models.bags import load_head
 from workers.models.card import load_card, resolved
@@ -104,7 +104,7 @@ class Attributor:
         report = BagReport(
             classes=info.classes,
             logits=tuple(logits.double().tolist()),
-            predicted=self._predicted(logits),
+            predicted=predicted_name(logits, output),
             target_index=tuple(target_index),
             tiles=len(rows),
             planned=info.planned,
@@ -123,16 +123,6 @@ class Attributor:
             seconds_by={"head": clock - began, "methods+write": time.perf_counter() - clock},
             bytes_written=written,
         )
-
-    def _predicted(self, logits: Tensor) -> str:
-        """The class of the bag, by name; empty where the outputs are no classes."""
-        output = self._loaded.card.output
-        if output.kind not in ("logits", "logit"):
-            return ""
-        (target,) = resolve(("predicted",), output, len(logits))
-        _, index = functionals(logits[None], (target,))
-        (named,) = resolve((str(int(index)),), output, len(logits))
-        return named.name
 
     def expect(self, task: Task) -> None:
         """Nothing is read ahead: there is one task."""

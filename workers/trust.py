@@ -21,7 +21,7 @@ from workers.cam.explain import Explained, explain
 from workers.cam.methods import method
 from workers.cam.noise import NoisyNet
 from workers.cam.reduce import collect, solve
-from workers.cam.targets import ResolvedTarget, resolve
+from workers.cam.targets import ResolvedTarget, class_names, resolve
 from workers.evaluator import at_centres
 from workers.metrics.sensitivity import Measured, Robustness, class_sensitivity, robustness
 from workers.models.adapter import ModelAdapter
@@ -99,13 +99,14 @@ def measure(model: ModelAdapter, pixels: NDArray[Any], name: str, *, noise: floa
 
 def both_classes(model: ModelAdapter) -> tuple[ResolvedTarget, ...]:
     """Every class as a target; of a one-logit network, both its signs."""
-    names = [str(i) for i in range(max(model.n_outputs, 2))]
-    return resolve(names, model.card.output, model.n_outputs)
+    output = model.card.output
+    return resolve(class_names(output, model.n_outputs), output, model.n_outputs)
 
 
 def target_of(model: ModelAdapter) -> tuple[ResolvedTarget, ...]:
     """The card's default target alone, else class 0."""
-    return resolve([model.card.output.default_target or "0"], model.card.output, model.n_outputs)
+    output, n = model.card.output, model.n_outputs
+    return resolve([output.default_target or class_names(output, n)[0]], output, n)
 
 
 def explained(

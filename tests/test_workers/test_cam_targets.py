@@ -8,7 +8,7 @@ from torch import Tensor
 
 from schemas.errors import ModelError, SpecError
 from schemas.model import OutputSpec
-from workers.cam.targets import ResolvedTarget, functionals, resolve
+from workers.cam.targets import ResolvedTarget, functionals, predicted_name, resolve
 
 ABC = OutputSpec(classes=("normal", "tumour", "2"))
 PAIR = OutputSpec(kind="logit", classes=("benign", "malignant"))
@@ -88,3 +88,20 @@ def test_regression_outputs_are_targets_but_never_predicted() -> None:
     assert y.tolist() == [[41]]
     with pytest.raises(SpecError, match="regression"):
         resolve(["predicted"], output, 1)
+
+
+@pytest.mark.parametrize(
+    ("output", "scores", "name"),
+    [
+        (OutputSpec(classes=("1", "2", "0")), [0.0, 3.0, 1.0], "2"),  # index 1 is no class of that name
+        (OutputSpec(classes=("1", "2", "0")), [0.0, 1.0, 3.0], "0"),
+        (PAIR, [-0.5], "benign"),
+        (SINGLE, [-0.5], "not malignant"),
+        (OutputSpec(kind="logit", classes=("1", "0")), [2.0], "0"),
+        (OutputSpec(kind="regression", classes=("age",)), [41.0], ""),
+    ],
+)
+def test_the_class_predicted_is_named_by_its_place(
+    output: OutputSpec, scores: list[float], name: str
+) -> None:
+    assert predicted_name(torch.tensor(scores), output) == name

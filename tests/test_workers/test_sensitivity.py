@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from schemas.model import OutputSpec
 from tests.test_workers.every_method import setting
 from tests.test_workers.tiny_networks import classes, conv_net, tiles
 from workers.cam.capture import HookedNet
 from workers.cam.explain import explain
 from workers.cam.noise import NoisyNet
 from workers.metrics.sensitivity import class_sensitivity, rank_correlation, robustness
+from workers.trust import both_classes, target_of
 
 
 def maps(*shape: int, seed: int = 0) -> np.ndarray:
@@ -67,6 +72,21 @@ def test_of_one_logit_the_classes_are_its_two_signs() -> None:
     found = np.stack([maps(3, 8), maps(3, 8, seed=1)], axis=1)
     two = class_sensitivity(found, np.array([[-1.0, 1.0], [2.0, -2.0], [0.5, -0.5]]))
     assert class_sensitivity(found, np.array([[1.0], [-2.0], [-0.5]])).values == pytest.approx(two.values)
+
+
+@pytest.mark.parametrize(
+    ("output", "n"),
+    [
+        (OutputSpec(classes=("1", "0")), 2),
+        (OutputSpec(kind="logit", classes=("1", "0")), 1),
+        (OutputSpec(kind="logit", classes=("0",)), 1),
+    ],
+)
+def test_every_class_is_measured_where_they_are_called_like_indices(output: OutputSpec, n: int) -> None:
+    card: Any = SimpleNamespace(output=output)
+    model: Any = SimpleNamespace(card=card, n_outputs=n)
+    assert [target.index for target in both_classes(model)] == [0, 1]
+    assert [target.index for target in target_of(model)] == [0]
 
 
 @pytest.mark.parametrize(("t", "c"), [(1, 1), (3, 2), (3, 1)])

@@ -134,8 +134,23 @@ def resolve(names: Sequence[str], output: OutputSpec, n_outputs: int) -> tuple[R
 
 def score_names(output: OutputSpec, n_outputs: int) -> tuple[str, ...]:
     """The name of each column of the scores; of a single logit, that of its positive class."""
-    names = [name for name, _ in _classes(output, n_outputs)]
-    return tuple(names[1:] if output.kind == "logit" else names)
+    names = class_names(output, n_outputs)
+    return names[1:] if output.kind == "logit" else names
+
+
+def class_names(output: OutputSpec, n_outputs: int) -> tuple[str, ...]:
+    """The name of every score that can be explained, by its index; of a single logit, those of both classes."""
+    return tuple(name for name, _ in _classes(output, n_outputs))
+
+
+def predicted_name(scores: Tensor, output: OutputSpec) -> str:
+    """The class that the scores `(C,)` predict, by name; empty where they are no classes."""
+    if output.kind not in ("logits", "logit"):
+        return ""
+    (target,) = resolve(("predicted",), output, len(scores))
+    index = int(_index(scores[None], target))
+    # By its place: asked for as a target, an index may be another class's name.
+    return class_names(output, len(scores))[index]
 
 
 def _classes(output: OutputSpec, n_outputs: int) -> list[tuple[str, int]]:
