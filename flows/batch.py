@@ -15,7 +15,8 @@ from flows.settings import with_threads
 from flows.steps import Tell, explain_image
 from schemas.errors import GigacamError, SpecError
 from schemas.image import ImageRequest
-from schemas.run import ExplainRequest, ImageReport, PoolSettings, RunReport
+from schemas.run import ExplainRequest, ImageReport, ImageStatus, PoolSettings, RunReport
+from workers.models.facts import retarget
 from workers.planner import Model, open_model, with_row_options
 from workers.pool import Pool, open_pool
 from workers.provenance import versions
@@ -146,9 +147,11 @@ def _one_image(
 ) -> One:
     holders: dict[tuple[str, int | None, int | None], int] = {}
     holder_of = list(range(len(images)))
+    targets: dict[int, tuple[str, ...]] = {}
     for position, image in enumerate(images):
         try:
             identity = identity_of(image.uri)
+            targets[position] = _targets(image, model)
         except (GigacamError, OSError) as error:
             # It fails by name when its turn comes; here only duplicates matter.
             log.debug("no identity for %s: %s", image.uri, error)
@@ -160,9 +163,32 @@ def _one_image(
     def one(position: int) -> ImageReport:
         image, holder = images[position], images[holder_of[position]]
         if holder_of[position] != position:
-            message = f"{image.uri}: the same content as {holder.uri}, which this run explains"
-            tell(Event(Path(image.uri).name, "duplicate", message=message))
-            return ImageReport(image=image.uri, status="duplicate", error=message)
+            return _repeated(image, targets[position], holder, targets[holder_of[position]], tell)
         return do(image, request, model, pool, settings, tell)
 
     return one
+
+
+def _targets(image: ImageRequest, model: Model) -> tuple[str, ...]:
+    """What is explained of an image: the target of its own row, else those of the run."""
+    if not image.target:
+        return model.facts.targets
+    return retarget(model.facts, model.card.output, (image.target,)).targets
+
+
+def _repeated(
+    image: ImageRequest, asked: Sequence[str], holder: ImageRequest, explained: Sequence[str], tell: Tell
+) -> ImageReport:
+    """Of an image whose content another one's row has: nothing is lost, or targets that only this row asks for."""
+    message = f"{image.uri}: the same content as {holder.uri}, which this run explains"
+    status: ImageStatus = "duplicate"
+    if missing := [name for name in asked if name not in explained]:
+        status = "failed"
+        together = ",".join([*explained, *missing])
+        message += (
+            f" for {', '.join(explained)}: nothing is explained for {', '.join(missing)}; an image has one folder in "
+            f"OUT, so ask for all of them at once (--target {together}, no target in its rows), or run this row "
+            "with another --out"
+        )
+    tell(Event(Path(image.uri).name, status, message=message))
+    return ImageReport(image=image.uri, status=status, error=message)

@@ -49,6 +49,27 @@ def test_one_content_is_explained_once_whatever_its_name_or_pixel_size(card: str
     assert report.exit_code == 0
 
 
+def test_a_target_that_only_a_second_row_asks_for_is_said_not_to_be_explained(
+    card: str, tmp_path: Path
+) -> None:
+    one = picture(tmp_path / "a.png")
+    asked = [f"{one},0.5,{target}" for target in ("r", "g", "0", "purple")]
+    asked += [f"{SLIDE},,", f"{SLIDE},,b"]
+    (tmp_path / "list.csv").write_text("\n".join(["image,mpp,target", *asked]) + "\n")
+    report = explain(str(tmp_path / "list.csv"), card, tmp_path / "out", tissue="none", fresh=True)
+    first, green, same, unknown, every, blue = report.images
+    assert [(image.status, [c.target for c in image.channels]) for image in (first, every)] == [
+        ("complete", ["r"]),
+        ("complete", ["r", "g", "b"]),
+    ]
+    assert (green.status, same.status, unknown.status, blue.status) == (
+        "failed", "duplicate", "failed", "duplicate"
+    )  # fmt: skip
+    assert "nothing is explained for g; an image has one folder in OUT" in green.error
+    assert "--target r,g" in green.error
+    assert "--target purple: no class of this model" in unknown.error
+
+
 def test_strict_stops_and_says_what_was_not_begun(card: str, tmp_path: Path) -> None:
     images = (str(tmp_path / "none.svs"), SLIDE)
     report = explain(images, card, tmp_path / "out", strict=True)
