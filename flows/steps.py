@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flows.blocks import BlockOrder
 from flows.export import export_image
@@ -15,6 +16,7 @@ from flows.progress import Event
 from flows.work import Work
 from schemas.errors import GigacamError, StoreError
 from schemas.evidence import Evidence
+from schemas.frozen import digest
 from schemas.image import ImageRequest
 from schemas.run import (
     BlockTask,
@@ -25,6 +27,7 @@ from schemas.run import (
     UnitTask,
 )
 from workers.attributor import AttributeInit, Attributor
+from workers.cam.words import names_of
 from workers.embedder import Embedder
 from workers.explainer import Explainer, ExplainInit
 from workers.inside import InsideExplainer
@@ -114,12 +117,13 @@ def _compute(
     tiles, heatmap = _stores(job, request)
     sums = Reductions(tiles.path, tiles.info, "r+") if tiles.info.reductions else None
     bag = Bag(tiles.path, tiles.info, "r+") if tiles.info.features else None
+    words = _words(job, request, model)
     if request.retry_failed:
         forget_failed(tiles, heatmap, bag, sums)
     if heatmap.pending_blocks():
         drop_derived(job.folder)
     elif (earlier := finished_report(job.folder, job.heatmap.run_id)) and (
-        earlier.evidence or not request.words
+        not words or earlier.provenance.get("words") == words
     ):
         # Nothing is left to do: what an earlier run found still holds, its device and flags included.
         provenance = {**earlier.provenance, "tiles_this_run": 0}
@@ -205,6 +209,7 @@ def _compute(
             "lattice": job.tiles.lattice.model_dump(mode="json"),
             "cells": {m: g.model_dump(mode="json") for m, g in job.tiles.grids.items()},
             "tissue": {"method": job.tissue_method, "fraction": job.tissue_fraction},
+            "words": words if evidence else {},
             "versions": versions(),
             "pool": pool.description,
             "device": ", ".join(tiles.devices()),
@@ -212,6 +217,14 @@ def _compute(
             "intended_use": model.card.intended_use,
         },
     )
+
+
+def _words(job: Job, request: ExplainRequest, model: Model) -> dict[str, Any]:
+    """What a ranking of channels hangs on besides the tile maps; empty where none is asked for."""
+    if not request.words:
+        return {}
+    names = names_of(model.card.cam, job.tiles.spec.cam.layer).items()
+    return {"tiles": request.words, "names": digest({k: name.model_dump(mode="json") for k, name in names})}
 
 
 def _export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from schemas.evidence import Evidence
 from schemas.heatmap import TileStatus
+from schemas.model import ChannelName
 from schemas.run import RankTask, Report
 from workers.cam.explain import Explained
 from workers.cam.targets import functionals
 from workers.cam.view import Batch, View
 from workers.cam.words import evidence, importance, names_of
 from workers.explainer import ExplainInit, TileComputer, open_planned
+from workers.models.card import load_card
 from workers.pool import Task
 
 IMPORTANCE = "importance"
@@ -27,6 +30,7 @@ class Ranker:
 
     def __init__(self, init: ExplainInit) -> None:
         self._store = open_planned(init.tiles, init.tiles_id)
+        self._card = init.model
         self._tiles = TileComputer(self._store.info, init)
 
     def run(self, task: Task) -> Report:
@@ -35,14 +39,18 @@ class Ranker:
             msg = f"a ranker ranks channels; found {task!r}"
             raise TypeError(msg)
         began = time.perf_counter()
+        # Read anew: a model that is loaded already may be of before its channels were named.
+        names = names_of(load_card(self._card).card.cam, self._store.info.spec.cam.layer)
         ranked = tuple(
-            found for t in range(len(self._tiles.targets)) if (found := self._rank(t, task.tiles)) is not None
+            found
+            for t in range(len(self._tiles.targets))
+            if (found := self._rank(t, task.tiles, names)) is not None
         )
         return Report(
             stage="rank", key=task.key, task=task, seconds=time.perf_counter() - began, evidence=ranked
         )
 
-    def _rank(self, target: int, tiles: int) -> Evidence | None:
+    def _rank(self, target: int, tiles: int, names: Mapping[int, ChannelName]) -> Evidence | None:
         """None where no tile has a finite gradient."""
         rows = self._best(target, tiles)
         if not len(rows):
@@ -64,8 +72,6 @@ class Ranker:
         finite = found[np.isfinite(found).all(1)]
         if not len(finite):
             return None
-        spec = self._tiles.info.spec.cam
-        names = names_of(self._tiles.model.card.cam, spec.layer)
         return evidence(asked.name, torch.from_numpy(finite), names)
 
     def _best(self, target: int, tiles: int) -> NDArray[np.int64]:

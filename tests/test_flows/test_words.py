@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,13 @@ from schemas.run import ImageReport
 from tests.test_flows import networks
 from tests.test_flows.runs import explain
 from workers.models.card import load_card, write_card
+from workers.ranker import Ranker
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 SLIDE = "procedural:slide?width=300&height=200&tissue=1&seed=2"
 RED = ChannelName(name="red", score=1.0, provenance="by construction")
+GREEN = ChannelName(name="green", score=1.0, provenance="by construction")
 
 
 @pytest.fixture
@@ -46,7 +49,9 @@ def test_the_report_says_which_channels_weigh(model: str, tmp_path: Path) -> Non
     assert written.evidence == image.evidence
 
 
-def test_asked_of_a_finished_run_it_is_added(model: str, tmp_path: Path) -> None:
+def test_asked_of_a_finished_run_it_is_added(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = explain(SLIDE, model, tmp_path / "out", targets=("g",)).images[0]
     assert first.evidence == ()
     second = explain(SLIDE, model, tmp_path / "out", targets=("g",), words=2).images[0]
@@ -57,6 +62,20 @@ def test_asked_of_a_finished_run_it_is_added(model: str, tmp_path: Path) -> None
     ).touch()  # no pictures are drawn here, and a run without one is not finished
     third = explain(SLIDE, model, tmp_path / "out", targets=("g",)).images[0]
     assert third.evidence == second.evidence
+
+    # of other tiles, or with names given since, it is another answer
+    more = explain(SLIDE, model, tmp_path / "out", targets=("g",), words=3).images[0]
+    assert more.evidence[0].tiles == 3
+    card = load_card(model).card
+    named = CamLayer(layer="pool", channels={0: RED, 1: GREEN})
+    write_card(Path(model), card.model_copy(update={"cam": named}))
+    words: dict[str, Any] = {"targets": ("g",), "words": 3}
+    found = explain(SLIDE, model, tmp_path / "out", **words).images[0]
+    assert [n.name for n in found.evidence[0].supports] == [GREEN]
+    assert found.provenance["tiles_this_run"] == 0
+    monkeypatch.delattr(Ranker, "run")  # asked the same once more, nothing is ranked
+    again = explain(SLIDE, model, tmp_path / "out", **words).images[0]
+    assert (again.evidence, again.notes) == (found.evidence, found.notes)
 
 
 def test_a_bag_has_no_such_list(tmp_path: Path) -> None:
