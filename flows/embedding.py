@@ -159,7 +159,7 @@ def _embed_image(
     from workers.explainer import ExplainInit
     from workers.pool import Stage
     from workers.provenance import versions
-    from workers.publisher import finished_report
+    from workers.publisher import drop_derived, finished_report
     from workers.store.bags import Bag
     from workers.store.heatmap import HeatmapStore
 
@@ -172,6 +172,7 @@ def _embed_image(
     bag = Bag(tiles.path, tiles.info, "r+")
     heatmap = job.folder / "heatmap.ome.zarr"
     if request.retry_failed and bag.failed():
+        drop_derived(job.folder)  # first: killed in between, no report outlives its decision
         forget_failed(tiles, HeatmapStore.open(heatmap, "r+") if heatmap.exists() else None, bag, None)
     work = Work(job, name, pool, tell)
     clock = time.perf_counter()
