@@ -74,8 +74,8 @@ def features_path(asked: str, uri: str) -> Path:
     return found[0]
 
 
-def _stored(path: Path) -> ImportedFeatures:
-    """The features in a `tiles.zarr`, and what a file of ours would say of them.
+def _stored(path: Path) -> tuple[ImportedFeatures, tuple[str, ...]]:
+    """The features in a `tiles.zarr`, with what a file of ours would say of them; notes on those it lacks.
 
     Raises
     ------
@@ -90,20 +90,26 @@ def _stored(path: Path) -> ImportedFeatures:
     bag = Bag(path, info)
     rows = bag.rows()
     said = {TILE: info.lattice.tile_l0, ENCODER: info.spec.card.get("state_sha256", "")}
-    return ImportedFeatures(bag.features(rows), store.boxes(rows)[:, 0], said)
+    notes: tuple[str, ...] = ()
+    if missing := info.planned - len(rows):
+        notes = (
+            f"{missing} of {info.planned} tiles of {path.name} have no features and are not in the bag; "
+            "gigacam embed --retry-failed tries them again",
+        )
+    return ImportedFeatures(bag.features(rows), store.boxes(rows)[:, 0], said), notes
 
 
-def _read(path: Path) -> tuple[ImportedFeatures, str]:
-    """What is at `path`, and its digest."""
+def _read(path: Path) -> tuple[ImportedFeatures, str, tuple[str, ...]]:
+    """What is at `path`, its digest, and notes on what it lacks."""
     if path.is_dir():
-        found = _stored(path)
+        found, notes = _stored(path)
         content = hashlib.sha256(found.features.tobytes())
         if found.corner_l0 is not None:
             content.update(found.corner_l0.tobytes())
-        return found, content.hexdigest()
+        return found, content.hexdigest(), notes
     found = read_features(path)
     with path.open("rb") as file:
-        return found, hashlib.file_digest(file, "sha256").hexdigest()
+        return found, hashlib.file_digest(file, "sha256").hexdigest(), ()
 
 
 def place_features(path: Path, meta: ImageMeta, lattice: Lattice, features: int, encoder: str = "") -> Placed:
@@ -127,7 +133,7 @@ def place_features(path: Path, meta: ImageMeta, lattice: Lattice, features: int,
     SourceError
         No tile; another encoder; other numbers a tile; values that are not finite; no positions, or some off the slide; tiles of another size.
     """
-    found, sha256 = _read(path)
+    found, sha256, notes = _read(path)
     n, width = found.features.shape
     if not n:
         msg = f"{path}: the bag is empty; expected the features of at least one tile"
@@ -151,7 +157,7 @@ def place_features(path: Path, meta: ImageMeta, lattice: Lattice, features: int,
             "that has them, or leave --features out to embed the slide here"
         )
         raise SourceError(msg)
-    notes = _check_size(path, found.attributes, meta, lattice)
+    notes += _check_size(path, found.attributes, meta, lattice)
     stop = found.corner_l0 + np.array(lattice.tile_l0)
     off = ((found.corner_l0 < 0) | (found.corner_l0 >= np.array(meta.shape_l0))).any(axis=1)
     if off.any():

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from schemas.errors import StoreError
 from schemas.run import Report, UnitTask
 from workers.explainer import ExplainInit, TileComputer, open_planned
-from workers.imported import cosines
+from workers.imported import SAME_ENCODER, cosines
 from workers.pool import Task
 from workers.store.bags import Bag
 
 SAME_EMBEDDING = 0.9999
-"""Least cosine between a tile's features in the bag and those computed again where it is explained."""
+"""Least cosine between a tile's features that were computed here and those computed again where it is explained."""
 
 
 class InsideExplainer:
@@ -30,6 +30,8 @@ class InsideExplainer:
         self._bag = Bag(self._store.path, self._store.info)
         cam = self._store.info.spec.cam
         self._every = cam.inside.every
+        # Imported features are held against what they were accepted by.
+        self._least = SAME_ENCODER if self._store.info.spec.grid.features_sha256 else SAME_EMBEDDING
         # Without maps there is nothing to read or to compute: the tiles' status follows from the bag.
         self._tiles = TileComputer(self._store.info, init) if cam.methods else None
         self._unit: int | None = None
@@ -69,7 +71,7 @@ class InsideExplainer:
             found = tiles.compute(
                 self._store.boxes(of), of, lambda x, part: tiles.inside(x, v[part], seeds[part])
             )
-            reasons = {**_differing(found.arrays.scores, self._bag.features(of)), **found.errors}
+            reasons = {**_differing(found.arrays.scores, self._bag.features(of), self._least), **found.errors}
             errors = {**{int(chosen[i]): reason for i, reason in reasons.items()}, **errors}
             for method, values in found.arrays.maps.items():
                 maps[method][chosen], flags[method][chosen] = values, found.arrays.flags[method]
@@ -112,10 +114,10 @@ class InsideExplainer:
         return np.arange(len(rows)) if self._every else np.flatnonzero(self._bag.inside(rows))
 
 
-def _differing(found: NDArray[np.float32], stored: NDArray[np.float32]) -> dict[int, str]:
-    """Place -> reason, of embeddings `(n, D)` that are not those the bag was predicted from."""
+def _differing(found: NDArray[np.float32], stored: NDArray[np.float32], least: float) -> dict[int, str]:
+    """Place -> reason, of embeddings `(n, D)` whose cosine with those the bag was predicted from is below `least`."""
     near = cosines(found, stored)
     return {
-        i: f"embedding differs: computed again it has cosine {near[i]:.6f} with the one in the bag; expected {SAME_EMBEDDING}"
-        for i in np.flatnonzero(~(near >= SAME_EMBEDDING)).tolist()
+        i: f"embedding differs: computed again it has cosine {near[i]:.6f} with the one in the bag; expected at least {least}"
+        for i in np.flatnonzero(~(near >= least)).tolist()
     }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zarr
 
+from flows.batch import list_images
 from flows.cli import main
 from flows.embedding import embed_batch
 from schemas.heatmap import Coverage, HeatmapSpec
@@ -22,6 +23,7 @@ from tests.test_flows.test_mil import assert_same_stores, bag_of, folder_of
 from workers.embedder import Embedder
 from workers.export.overview import overview_figure
 from workers.models.card import load_card
+from workers.planner import open_model, plan_image
 from workers.pool import Task
 from workers.readers import open_image
 from workers.readers.features import ENCODER, read_features
@@ -121,6 +123,25 @@ def test_explain_goes_on_from_what_was_embedded(
     assert_same_stores(folder_of(report), folder_of(whole))
 
 
+def test_what_failed_embedded_after_all_ends_the_decision_without_it(
+    tmp_path: Path, card: str, whole: RunReport, unreadable: list[list[int]]
+) -> None:
+    unreadable.append(tiles_of(whole).boxes()[7, 0].tolist())
+    folder = folder_of(explain(SLIDE, card, tmp_path, **ASKED))
+    (folder / "overview.png").touch()  # no pictures are drawn here, and a run without one is not finished
+    unreadable.clear()
+    again = embed_batch(
+        ExplainRequest(images=(SLIDE,), model=card, out=str(tmp_path), retry_failed=True, **ASKED),
+        PoolSettings(kind="serial", threads=1),
+        ignore,
+    ).images[0]
+    assert (again.status, again.failures, again.bag) == ("complete", (), None)
+    assert ImageReport.model_validate_json((folder / "report.json").read_text()) == again
+    assert not (folder / "overview.png").exists()
+    assert explain(SLIDE, card, tmp_path, **ASKED).images[0].bag == whole.images[0].bag
+    assert_same_stores(folder, folder_of(whole))
+
+
 def test_a_damaged_real_slide_and_its_features_in_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +160,11 @@ def test_a_damaged_real_slide_and_its_features_in_a_file(
     embedded = ImageReport.model_validate_json(written.read_text())
     assert [f.tile for f in embedded.failures] == [48, 49, 57, 58]
     assert all("Not a JPEG file" in f.reason for f in embedded.failures)
+    request = ExplainRequest(
+        images=(slide,), model=card, out=str(tmp_path / "planned"), features=str(out), **asked
+    )
+    job = plan_image(list_images(request)[0], request, open_model(request))
+    assert any("4 of 108 tiles of tiles.zarr have no features and are not in the bag" in n for n in job.notes)
 
     report = explain(slide, card, out, **asked)
     image, tiles, heatmap = report.images[0], tiles_of(report), heatmap_of(report)

@@ -119,8 +119,9 @@ def assert_end_to_end(report: RunReport, card: str, rows: NDArray[np.int64]) -> 
     ids=["dsmil", "transmil"],
 )
 def test_any_head_is_explained_by_the_chain_rule(tmp_path: Path, head: str, bag: dict[str, Any]) -> None:
-    card = write_bag_card(tmp_path / "card", head, **bag)
-    asked = {**ASKED, "bag_methods": (), "targets": ("predicted", "benign")}
+    """Whatever its classes are called."""
+    card = write_bag_card(tmp_path / "card", head, classes=("1", "0"), **bag)
+    asked = {**ASKED, "bag_methods": (), "targets": ("predicted", "1")}
     report = explain(SLIDE, card, tmp_path / "out", **asked)
     assert report.images[0].status == "complete"
     assert_end_to_end(report, card, np.arange(tiles_of(report).info.planned))
@@ -329,6 +330,26 @@ def test_features_made_elsewhere_are_explained(tmp_path: Path, card: str, serial
     np.testing.assert_allclose(bag_of(report).features(rows), bag_of(serial).features(rows), rtol=1e-3)
     maps, whole = (tiles_of(r).maps_of("hirescam", 1, rows) for r in (report, serial))
     np.testing.assert_allclose(maps, whole, atol=1e-2 * np.abs(whole).max())
+
+
+def test_features_that_are_accepted_are_explained(tmp_path: Path, card: str, serial: RunReport) -> None:
+    """Another decoder's, say: near enough to be this encoder's, further off than a second computation."""
+
+    def turned(features: NDArray[np.float32]) -> NDArray[np.float32]:
+        across = np.cross(features, [1, -2, 1])
+        across *= np.linalg.norm(features, axis=1, keepdims=True) / np.linalg.norm(
+            across, axis=1, keepdims=True
+        )
+        return (features + 0.03 * across).astype(np.float32)  # the cosine is 0.99955
+
+    path = write_features(tmp_path / "turned.h5", serial, features=turned)
+    asked = {**ASKED, "bag_methods": ("attention",), "methods": ("hirescam",)}
+    report = explain(SLIDE, card, tmp_path / "out", features=str(path), **asked)
+    image = report.images[0]
+    assert image.failures == ()
+    assert image.bag is not None
+    assert "a cosine of at least 0.9995" in image.bag.encoder
+    assert (heatmap_of(report).coverage(0)[:] == Coverage.EVALUATED).all()
 
 
 BAD_FEATURES = [
