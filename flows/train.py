@@ -78,5 +78,6 @@ def train_lines(report: TrainReport) -> list[str]:
     for name, figure in report.figures.items():
         values = [math.nan if v is None else v for v in (figure.value, figure.low, figure.high)]
         lines.append("  {:18} {:.3f}  ({:.3f} to {:.3f})".format(name.replace("_", " "), *values))
+    lines += [f"note: {note}" for note in report.notes]
     epochs = ", ".join(f"{name} {epoch}" for name, epoch in report.epochs.items())
     return [*lines, f"epochs kept: {epochs}", f"{report.card}  in {report.seconds:.1f} s"]

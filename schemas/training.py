@@ -125,3 +125,5 @@ class TrainReport(Frozen):
     sha256: Sha256
     """Of the head's weights."""
     seconds: float
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures should know: slides with tiles that have no features."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,23 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from flows.cli import main
+from flows.embedding import embed_batch
 from schemas.bag import InsideSpec
-from schemas.errors import ModelError, SourceError
+from schemas.errors import ModelError, SourceError, StoreError
+from schemas.heatmap import TileStatus
+from schemas.run import ExplainRequest, PoolSettings
 from schemas.training import TrainReport
-from tests.test_flows.networks import write_bag_card
-from tests.test_flows.runs import explain, tiles_of
+from tests.test_flows.networks import write_bag_card, write_encoder_card
+from tests.test_flows.runs import explain, ignore, tiles_of
 from workers.models.bags import load_head
 from workers.models.card import load_card
 from workers.readers.features import read_features
 from workers.store.bags import Bag
 from workers.synthetic.bags import ToyBag, toy_bags
-from workers.trainer import FeatureSource
+from workers.trainer import NOTES, FeatureSource, _checkpoints, _notes
 from workers.training.bags import Case
 
 ENCODER = """schema = 1
@@ -136,21 +141,46 @@ def test_a_training_goes_on_where_it_was_stopped(folder: Path, monkeypatch: pyte
     import workers.training.mil as mil
 
     more = [*QUICK, "--folds", "1"]
-    assert command(folder, *more, out="whole") == 0
     save, saved = mil._save, []
+    last = 0
 
     def once(path: Path, *rest: Any) -> None:
         save(path, *rest)
         saved.append(path)
-        if len(saved) == 5:
+        if len(saved) == last:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(mil, "_save", once)
-    assert command(folder, *more, out="parts") == 130
-    monkeypatch.setattr(mil, "_save", save)
-    assert command(folder, *more, out="parts") == 0
-    assert report_of(folder, "parts").sha256 == report_of(folder, "whole").sha256
+    assert command(folder, *more, out="whole") == 0
+    epochs, last = len(saved), 5
+    for fresh in ([], ["--fresh"]):  # the second where the first has finished
+        saved.clear()
+        assert command(folder, *more, *fresh, out="parts") == 130
+        assert command(folder, *more, *fresh, out="parts") == 0
+        assert len(saved) == epochs
+        assert report_of(folder, "parts").sha256 == report_of(folder, "whole").sha256
+    assert (folder / "parts" / "train.json.old-1").exists()
     assert len(report_of(folder, "whole").tested) < 12
+
+
+def test_checkpoints_are_kept_for_the_same_training_alone(tmp_path: Path) -> None:
+    def kept(identity: str, fresh: bool) -> bool:
+        """Whether a checkpoint was there; afterwards there is one."""
+        checkpoint = _checkpoints(tmp_path, identity, fresh) / "head.pt"
+        there = checkpoint.exists()
+        checkpoint.touch()
+        return there
+
+    assert not kept("a", fresh=False)
+    assert kept("a", fresh=False)
+    assert not kept("a", fresh=True)
+    assert kept("a", fresh=True)
+    assert kept("a", fresh=False)
+    with pytest.raises(StoreError, match="cut short"):
+        kept("b", fresh=False)
+    assert not kept("b", fresh=True)
+    (tmp_path / "train.json").touch()
+    assert not kept("b", fresh=True)
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -161,10 +191,29 @@ def replaced(features: Any) -> Callable[[Path], None]:
     return lambda folder: np.save(folder / "features" / "s0.npy", features)
 
 
+def listed(old: str, new: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "slides.csv"
+        path.write_text(path.read_text().replace(old, new))
+
+    return spoil
+
+
+def as_wide_as(tile_l0: int, mpp: float) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        with h5py.File(folder / "features" / "s1.h5", "a") as file:
+            file["coords"].attrs.update({"tile_level0": (tile_l0, tile_l0), "mpp": mpp})
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "more", "code", "words"),
     [
         (without("s0.npy"), [], 1, "s0.svs: 0 places of its features"),
+        (listed("s1.svs", "a/s0.svs"), [], 1, "s0.npy: found as the features of 2 slides"),
+        (listed("nine", "minus"), [], 2, "'minus' means something else as a target"),
+        (as_wide_as(128, 0.25), [], 2, "its tiles are 32 um wide"),
         (replaced(np.zeros((2, 9), np.float32)), [], 1, "numbers a tile"),
         (replaced(np.full((2, 32), np.nan, np.float32)), [], 1, "2 of 2 tiles"),
         (replaced(np.zeros((0, 32), np.float32)), [], 1, "at least one tile"),
@@ -206,6 +255,87 @@ def test_features_of_an_explained_slide_say_whose_they_are(tmp_path: Path) -> No
     (tmp_path / "model.toml").write_text(ENCODER.format(sha="0" * 64))
     with pytest.raises(ModelError, match="another network"):
         FeatureSource("", load_card(tmp_path / "model.toml"), ordered=False)(case)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the card of an encoder, and the `tiles.zarr` of a slide of six tiles that it embedded."""
+    folder = tmp_path_factory.mktemp("embedded")
+    request = ExplainRequest(
+        images=("procedural:slide?width=600&height=300&tissue=0.9&seed=0",),
+        model=write_encoder_card(folder),
+        out=str(folder / "run"),
+        tissue="none",
+    )
+    report = embed_batch(request, PoolSettings(kind="serial", threads=1), ignore)
+    (Path(report.images[0].output) / "tiles.zarr").rename(folder / "tiles.zarr")
+    return folder
+
+
+@pytest.fixture
+def stores(tmp_path: Path, embedded: Path) -> Path:
+    """A CSV of six slides with a split, their features as `embed` leaves them, the encoder's card."""
+    lines = ["image,label,patient,split"]
+    for i in range(6):
+        shutil.copytree(embedded / "tiles.zarr", tmp_path / "features" / f"s{i}-{i:08x}" / "tiles.zarr")
+        lines.append(f"s{i}.svs,{('clear', 'nine')[i % 2]},p{i},{('train', 'val', 'test')[i // 2]}")
+    (tmp_path / "slides.csv").write_text("\n".join(lines))
+    (tmp_path / "encoder").mkdir()
+    shutil.copy(embedded / "model.toml", tmp_path / "encoder")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "code", "words"),
+    [
+        ("spec.card.input.mean", [0.5], 2, "input.mean (there [0.5], asked [])"),
+        ("spec.grid.tile_px", [256, 256], 2, "tile (there [256, 256], asked [128, 128])"),
+        ("spec.cam.precision", "fast-bf16", 1, "computed with fast-bf16, fp32"),
+        ("embedding", 0, 1, "tiles were explained, not embedded"),
+    ],
+)
+def test_stores_that_were_made_otherwise_are_refused(
+    stores: Path, key: str, value: Any, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = stores / "features" / "s5-00000005" / "tiles.zarr" / "zarr.json"
+    document = place = json.loads(ledger.read_text())
+    *path, name = f"attributes.gigacam.{key}".split(".")
+    for part in path:
+        place = place[part]
+    place[name] = value
+    ledger.write_text(json.dumps(document))
+    assert command(stores, "--head", "mean") == code
+    assert words in capsys.readouterr().err
+    assert not (stores / "out").exists()
+
+
+def test_tiles_that_are_in_no_bag_are_noted(stores: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store: Any = zarr.open_group(stores / "features" / "s3-00000003" / "tiles.zarr", mode="r+")
+    store["status/embed"][0] = TileStatus.FAILED
+    assert command(stores, "--head", "mean", "--epochs", "1") == 0
+    note = f"1 of 6 tiles of {stores / 's3.svs'} have no features and are not in its bag"
+    assert report_of(stores).notes == (note,)
+    assert f"note: {note}" in capsys.readouterr().out
+    assert _notes(["one slide"] * (NOTES + 2))[NOTES - 1 :] == (
+        "one slide",
+        "2 more slides have tiles without features",
+    )
+
+
+def test_features_are_those_of_the_slide_itself(tmp_path: Path) -> None:
+    """The folder of `S21-1234-2.svs` begins like one of `S21-1234.svs`."""
+    (tmp_path / "model.toml").write_text(ENCODER.format(sha="0" * 64))
+    source = FeatureSource(str(tmp_path), load_card(tmp_path / "model.toml"), ordered=False)
+    one, other = Case("S21-1234.svs", 0, "p"), Case("S21-1234-2.svs", 1, "q")
+    store = tmp_path / "S21-1234-2-0123abcd" / "tiles.zarr"
+    store.mkdir(parents=True)
+    assert source.path(other) == store
+    with pytest.raises(SourceError, match="0 places of its features"):
+        source.path(one)
+    (tmp_path / "S21-1234-0123abcd" / "tiles.zarr").mkdir(parents=True)
+    source.check_apart([one, other])
+    with pytest.raises(SourceError, match=r"2 slides: S21-1234-2.svs, again.svs"):
+        source.check_apart([one, other, Case("again.svs", 1, "r", features=str(store.parent))])
 
 
 def test_feature_files(tmp_path: Path) -> None:
