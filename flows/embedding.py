@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.options import (
+    INTERRUPTED,
     Address,
     AsJson,
     BagMethods,
@@ -96,10 +97,7 @@ def register(app: typer.Typer) -> None:
 
             print("\n".join(report_lines(report, out)))
         if report.exit_code == 130:
-            print(
-                "interrupted: run the same command again to resume; what was computed is kept",
-                file=sys.stderr,
-            )
+            print(INTERRUPTED, file=sys.stderr)
         raise typer.Exit(report.exit_code)
 
 
