@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import socket
@@ -15,6 +16,8 @@ import typer
 from schemas.errors import SpecError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TOKEN = r"[A-Za-z0-9._~-]"
+"""What a token is made of."""
 
 Outs = Annotated[
     list[str], typer.Argument(metavar="OUT...", help="Output folders of gigacam explain.", show_default=False)
@@ -76,7 +79,7 @@ def run_folders(out: list[str]) -> tuple[Path, ...]:
     found = []
     for name in out:
         folder = _folder(name, "OUT")
-        if not image_folders(folder) and not (folder / BATCH).exists():
+        if not image_folders(folder) and not os.path.exists(folder / BATCH):
             others = [p for p in (folder / "run", folder.absolute().parent) if image_folders(p)]
             hint = f"did you mean {others[0]}?" if others else "give what was the --out of gigacam explain"
             msg = f"{folder}: holds no run of gigacam; {hint}"
@@ -94,7 +97,7 @@ def serve(
     Raises
     ------
     SpecError
-        The address or port cannot be had.
+        The address or port cannot be had, or the token has what an address cannot hold as it is.
     """
     from workers.viewer.app import http_server
     from workers.viewer.pages import Settings
@@ -102,6 +105,9 @@ def serve(
     cors = cors.rstrip("/")
     if cors and not re.fullmatch(r"\*|https?://[^/\s,]+", cors):
         msg = f"--cors {cors}: expected the origin of a page, such as https://viewer.example.org, or *"
+        raise SpecError(msg)
+    if strange := re.sub(TOKEN, "", token):
+        msg = f"--token: has {strange!r}; expected letters, digits and . _ ~ -, which an address holds as they are. Choose another token"
         raise SpecError(msg)
     local = host in LOOPBACK
     if not local and not token:
@@ -142,7 +148,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _folder(name: str, what: str) -> Path:
     folder = Path(name).expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         msg = f"{what} {folder}: no such folder; check the path"
         raise SpecError(msg)
     return folder

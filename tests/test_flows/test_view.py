@@ -44,6 +44,12 @@ def test_it_serves_until_interrupted(tmp_path: Path) -> None:
         ("run", ("run", "--host", "no.such.host.invalid"), "cannot listen there"),
         ("run", ("run", "--port", "{taken}"), "choose another port"),
         ("run", ("run", "--cors", "https://a.example/page"), "expected the origin of a page"),
+        (
+            "run",
+            ("run", "--port", "{taken}", "--token", "a+b&c"),
+            "--token: has '+&'; expected letters, digits",
+        ),
+        ("run", ("run", "--port", "{taken}", "--token", "clé"), "expected letters, digits"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(
