@@ -115,17 +115,26 @@ VOLUME = (40, 36, 20)
 """Stored shape (i, j, k)."""
 HOT_VOXEL = (31, 9, 14)
 """Stored voxel (i, j, k)."""
+FAILED_VOXELS = (slice(14, 22), slice(14, 22), slice(6, 12))
+SOURCE = np.random.default_rng(1).normal(100, 5, VOLUME).astype(np.float32)
+"""What the file stores."""
 
 
-def volume_run(out: Path, path: Path, affine: NDArray[np.float64]) -> str:
-    """A grey volume, one hot voxel; everything is stored on `affine`."""
-    source = np.random.default_rng(1).normal(100, 5, VOLUME).astype(np.float32)
-    nib.save(nib.Nifti1Image(source, affine), path)
+def volume_run(out: Path, path: Path, affine: NDArray[np.float64], failed: bool = False) -> str:
+    """A grey volume, one hot voxel, and a block that `failed`; everything is stored on `affine`."""
+    nib.save(nib.Nifti1Image(SOURCE, affine), path)
     heat = np.zeros(VOLUME, np.float32)
     heat[HOT_VOXEL] = 1
-    turned = nib.as_closest_canonical(nib.Nifti1Image(heat, affine)).get_fdata(dtype=np.float32)
+    coverage = np.full(VOLUME, Coverage.EVALUATED, np.uint8)
+    if failed:
+        heat[FAILED_VOXELS], coverage[FAILED_VOXELS] = np.nan, Coverage.FAILED
+
+    def turned(stored: NDArray[Any]) -> NDArray[Any]:
+        found = nib.as_closest_canonical(nib.Nifti1Image(stored, affine)).dataobj
+        return np.asarray(found, stored.dtype).transpose(2, 1, 0)
+
     channel = UNSIGNED.model_copy(update={"grid": (4, 4, 4)})
-    return write_run(out, str(path), 1, turned.transpose(2, 1, 0)[None], channels=(channel,))
+    return write_run(out, str(path), 1, turned(heat)[None], turned(coverage), channels=(channel,))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from schemas.image import ReadOptions
 from tests.browser.conftest import Visit
 from tests.browser.runs import DOWNSAMPLE, HOT, SHAPE
+from tests.test_workers.made_heatmaps import SIGNED
+from tests.test_workers.viewer_runs import SLIDE, made_run, served
 
 YELLOW = (253, 231, 37)
 """The end of viridis."""
@@ -243,3 +247,42 @@ def test_the_intended_use_is_always_there(slide: Visit, ids: dict[str, str]) -> 
         words = slide.page.locator("#intended-use")
         assert words.inner_text() == "For research use only. Not for use in diagnostic procedures."
         assert words.is_visible()
+
+
+def test_two_runs_of_a_slide_are_each_read_on_their_own_terms(visit: Visit, tmp_path: Path) -> None:
+    outs = tmp_path / "first", tmp_path / "second"
+    unverified = SIGNED.model_copy(update={"encoder_unverified": True, "title": "HiResCAM"})
+    folders = [
+        made_run(out, SLIDE, 4, channels=(channel,), options=ReadOptions(mpp_um=um))
+        for out, channel, um in zip(outs, (SIGNED, unverified), (0.5, 2.0), strict=True)
+    ]
+    with served(*outs) as server:
+        visit.root = f"http://127.0.0.1:{server.port}"
+        page = visit.open(f"image/{folders[0].name}", "#a.run=0&b.run=1&b.ch=0")
+        visit.settle()
+        look_at(visit, 300.5, 400.5, 1)
+        assert page.locator(".zoom").all_inner_texts() == ["0.5 µm a px, about 20×", "2 µm a px, about 5×"]
+        scales = page.locator(".scale").evaluate_all("(all) => all.map((one) => one.ariaLabel)")
+        assert scales == ["Scale bar: 20 µm", "Scale bar: 100 µm"]
+        legends = page.locator(".legend").evaluate_all("(all) => all.map((one) => one.ariaLabel)")
+        for legend, cell, marked in zip(legends, (8, 32), (False, True), strict=True):
+            assert f"CAM cell {cell} µm" in legend
+            assert ("Encoder unverified" in legend) == marked
+        for side, um in zip(page.locator(".stage").all(), (0.5, 2.0), strict=True):
+            box = side.bounding_box()
+            assert box is not None
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            found = re.match(
+                r"x (\d+)  y (\d+) px   (\d+), (\d+) µm   A: ", page.locator("#readout").inner_text()
+            )
+            assert found
+            x, y, x_um, y_um = map(int, found.groups())
+            np.testing.assert_allclose((x, y), (400, 300), atol=1)
+            np.testing.assert_allclose((x_um, y_um), ((x + 0.5) * um, (y + 0.5) * um), atol=0.5 * um + 0.5)
+        page.keyboard.press("x")
+        facts = page.locator("#panel details").text_content() or ""
+        assert "of 2 µm" in facts
+        assert "Encoder unverified" in facts
+        page.get_by_label("Run", exact=True).select_option("0")
+        visit.settle()
+        assert page.locator(".zoom").last.inner_text() == "0.5 µm a px, about 20×"

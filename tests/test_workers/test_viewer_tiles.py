@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from starlette.exceptions import HTTPException
 
+from schemas.errors import SourceError
 from schemas.geometry import Box
 from schemas.heatmap import Coverage, HeatmapSpec
 from schemas.image import ReadOptions
@@ -33,6 +34,7 @@ from workers.viewer.sources import Origin, Sources
 
 DATA = Path(__file__).parents[1] / "data"
 SVS = str(DATA / "CMU-1-Small-Region.svs")
+BAD_TILE = str(DATA / "slides_bad/CMU-1-Small-Region.one-bad-tile.svs")
 PATHS = [str(DATA / "boxes_4levels.tiff"),
          str(DATA / "XYC_coordinate_grid.lzw.ome.tiff"), SLIDE]  # fmt: skip
 
@@ -116,7 +118,7 @@ def test_deep_zoom_tiles_are_plain_reads(uri: str) -> None:
         first = [max(i * 254 - 1, 0) for i in (y, x)]
         last = [min((i + 1) * 254 + 1, -(-n // step)) for i, n in zip((y, x), (height, width), strict=True)]
         shape = tuple(b - a for a, b in zip(first, last, strict=True))
-        pixels = deepzoom.tile_pixels(reader, level, y, x)
+        pixels, _ = deepzoom.tile_pixels(reader, level, y, x)
         assert pixels.shape[1:] == shape
         box = Box(frame="l0", start=tuple(a * step for a in first), stop=tuple(b * step for b in last))
         source_level = choose_level(reader.meta, (float(step),) * 2)
@@ -137,7 +139,7 @@ def test_the_last_px_of_a_level_is_no_white_fringe(tmp_path: Path) -> None:
     reader = open_image(str(tmp_path / "dark.png"), ReadOptions(mpp_um=1.0))
     for level in range(deepzoom.level_count((1025, 1025))):
         n = -(-deepzoom.level_shape((1025, 1025), level)[0] // 254)
-        assert (deepzoom.tile_pixels(reader, level, n - 1, n - 1)[0] == 10).all()
+        assert (deepzoom.tile_pixels(reader, level, n - 1, n - 1)[0][0] == 10).all()
 
 
 def test_a_slide_without_coarse_levels_is_seen_through_an_overview(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,9 +151,37 @@ def test_a_slide_without_coarse_levels_is_seen_through_an_overview(monkeypatch: 
     assert small is sources.overview(origin, reader)
     assert len(small.meta.levels) == 2
     for level in (3, 6):
-        direct, through = (deepzoom.tile_pixels(r, level, 0, 0).astype(int) for r in (reader, small))
+        direct, through = (deepzoom.tile_pixels(r, level, 0, 0)[0].astype(int) for r in (reader, small))
         assert direct.shape == through.shape
         assert np.abs(direct - through).mean() < 12
+
+
+def test_a_damaged_spot_is_chequered_and_the_rest_of_its_tiles_is_drawn() -> None:
+    sound, damaged = open_image(SVS), open_image(BAD_TILE)
+    top = deepzoom.level_count(sound.meta.shape_l0) - 1
+    counts = [-(-n // deepzoom.TILE) for n in sound.meta.shape_l0]
+    lost_px = 0
+    for level, places in ((top, list(product(*map(range, counts)))), (top - 4, [(0, 0)])):
+        for y, x in places:
+            expected, nothing = deepzoom.tile_pixels(sound, level, y, x)
+            assert not nothing.any()
+            try:
+                pixels, lost = deepzoom.tile_pixels(damaged, level, y, x)
+            except SourceError:
+                lost_px += expected[0].size
+                continue
+            lost_px += int(lost.sum()) * 4 ** (top - level)
+            # Read in parts and made smaller: rounded apart by a grey level at most.
+            apart = np.abs(pixels.astype(int) - expected)[:, ~lost].max(initial=0)
+            assert apart <= int(level < top)
+            drawn = deepzoom.rgb(pixels, None, lost)
+            assert set(np.unique(drawn[lost])) <= set(deepzoom.LOST_GREYS)
+            assert (drawn == deepzoom.rgb(pixels, None))[~lost].all()
+        # The file's tile is 240 px square; what is given up around it ends within the smallest part read.
+        assert 240**2 <= lost_px < (240 + 2 * deepzoom.LOST_PX * 2 ** (top - level)) ** 2
+        lost_px = 0
+    sound.close()
+    damaged.close()
 
 
 def test_a_slide_of_any_numbers_is_drawn_in_one_window() -> None:
@@ -199,6 +229,39 @@ def test_volumes_lie_on_the_source(
     with pytest.raises(HTTPException) as refused:
         volumes.source_nifti(reader)
     assert refused.value.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("sform", "qform", "unit", "spacing"),
+    [(0, 0, "mm", None), (1, 3, "mm", None), (2, 1, "micron", None), (0, 0, "micron", (3.0, 2.0, 1.5))],
+    ids=("no orientation", "two placements", "micrometres", "spacing told"),
+)
+def test_a_volume_is_placed_once_and_in_mm(
+    tmp_path: Path, sform: int, qform: int, unit: str, spacing: tuple[float, float, float] | None
+) -> None:
+    path = tmp_path / "s.nii.gz"
+    affine = turned_affine("LPS")
+    image = nib.Nifti1Image(np.random.default_rng(0).normal(size=(7, 5, 6)).astype(np.float32), affine)
+    image.set_qform(turned_affine("PIR"), qform)
+    image.set_sform(affine, sform)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, path)
+    reader = open_image(str(path), ReadOptions(spacing_mm=spacing))
+    sent = tmp_path / "sent.nii.gz"
+    sent.write_bytes(b"".join(volumes.source_nifti(reader)))
+    stored, original = (cast("Any", nib.load(p)) for p in (sent, path))
+    assert (int(stored.header["qform_code"]), int(stored.header["sform_code"])) == (0, 2)
+    assert stored.header.get_xyzt_units()[0] == "mm"
+    assert nib.aff2axcodes(stored.affine) == nib.aff2axcodes(original.affine)
+    np.testing.assert_array_equal(stored.get_fdata(), original.get_fdata())
+    np.testing.assert_allclose(stored.header.get_zooms(), nib.affines.voxel_sizes(stored.affine), rtol=1e-6)
+    turned = nib.as_closest_canonical(stored)
+    np.testing.assert_allclose(turned.affine, np.array(reader.meta.affine), rtol=1e-6, atol=1e-6)
+    size = 1e-3 if unit == "micron" else 1.0
+    if spacing is None:
+        np.testing.assert_allclose(stored.affine[:3], original.affine[:3] * size, rtol=1e-6, atol=1e-9)
+    else:
+        np.testing.assert_allclose(turned.header.get_zooms(), spacing[::-1], rtol=1e-6)
 
 
 def test_pictures_are_small_and_show_the_heat(tmp_path: Path) -> None:

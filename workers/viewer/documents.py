@@ -111,7 +111,17 @@ def _run_document(run: Run, label: str) -> dict[str, Any]:
     if info is None:
         return known
     grid = info.grid
-    words = {"method", "target", "title", "edition", "unit", "signed", "bag", "bag_method"}
+    words = {
+        "method",
+        "target",
+        "title",
+        "edition",
+        "unit",
+        "signed",
+        "bag",
+        "bag_method",
+        "encoder_unverified",
+    }
     known["grid"] = {
         "shape_l0": grid.shape_l0,
         "downsample": grid.downsample,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -203,8 +204,10 @@ class Pages:
                 source = reader
                 if deepzoom.needed_px(reader, level) > deepzoom.MOST_PX:
                     source = self.sources.overview(origin, reader)
-                pixels = deepzoom.tile_pixels(source, level, y, x)
-            return _jpeg(deepzoom.rgb(pixels, found.window), f"{origin.identity[:16]}-{level}-{x}-{y}")
+                pixels, lost = deepzoom.tile_pixels(source, level, y, x)
+            # What could not be read may be read another time.
+            tag = "" if lost.any() else f"{origin.identity[:16]}-{level}-{x}-{y}"
+            return _jpeg(deepzoom.rgb(pixels, found.window, lost), tag)
 
         key = ("slide", origin.identity, level, y, x)
         return answer(request, await self._made(key, make, self.slide_tiles, origin), KEEP)
@@ -256,8 +259,9 @@ class Pages:
             raise HTTPException(503, "too many volumes are being sent; try again in a moment", RETRY)
 
         async def body() -> AsyncGenerator[bytes]:
-            self.streams += 1
+            self.streams += 1  # in the same step as the look at it: nobody comes between
             try:
+                await self.work.run(partial(self._found, origin))
                 with ExitStack() as held:
                     reader = await run_in_threadpool(held.enter_context, self.sources.reader(origin))
                     parts = make(reader)
@@ -267,7 +271,6 @@ class Pages:
             finally:
                 self.streams -= 1
 
-        await self._tried(self.work.run(partial(self._found, origin)), origin)
         sent = body()
         # What is wrong with the source or its size is said before the first byte goes out.
         await self._tried(anext(sent), origin)
@@ -317,7 +320,7 @@ class Pages:
         if known is not None:
             return not known.reason
         return (
-            origin.uri.startswith("procedural:") or bool(self.settings.sources) or Path(origin.uri).exists()
+            origin.uri.startswith("procedural:") or bool(self.settings.sources) or os.path.exists(origin.uri)
         )
 
     def _look(self, image: Image) -> Found:

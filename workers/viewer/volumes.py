@@ -1,4 +1,4 @@
-"""Volumes as NIfTI on the grid of their source, a slab at a time: the source itself, or the heat of one channel."""
+"""Volumes as NIfTI on the grid of their source, in mm, a slab at a time: the source itself, or the heat of one channel."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from nibabel import orientations
+from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
@@ -96,10 +97,26 @@ def _gzip(
         )
         raise HTTPException(413, msg)
     header, turn = source_grid(meta)
+    _place(meta, header, turn)
     header.set_data_dtype(np.dtype(dtype))
     if shown is not None:
         header["cal_min"], header["cal_max"] = shown
     return _compressed(_parts(meta, header, turn, slab, dtype))
+
+
+def _place(meta: ImageMeta, header: Any, turn: NDArray[np.float64]) -> None:
+    """Write into a header where the reader has the voxels, in mm, as its one placement.
+
+    What browsers make of a file without orientation, of two that differ, or of micrometres is not what nibabel does.
+    """
+    if meta.affine is None:
+        affine = header.get_best_affine()
+    else:
+        affine = np.asarray(meta.affine) @ orientations.inv_ornt_aff(turn, meta.shape_l0[::-1])
+    header.set_sform(affine, "aligned")
+    header.set_qform(None, "unknown")
+    header.set_zooms(voxel_sizes(affine))
+    header.set_xyzt_units("mm")
 
 
 def _parts(

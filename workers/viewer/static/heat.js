@@ -110,6 +110,7 @@ export class Pyramid {
         this.levels = grid.levels;
         this.tile = grid.tile;
         this.shapeL0 = grid.shape_l0;
+        this.spacing = grid.spacing;
         this.urlOf = urlOf;
     }
 

@@ -7,6 +7,10 @@ import { number, sides } from "./format.js";
 export const mapped = (image) => image.runs.filter((run) => run.grid && run.channels?.length);
 export const runOf = (image, look) => mapped(image).find((run) => run.run === look.run) ?? mapped(image)[0];
 export const channelOf = (image, look) => runOf(image, look).channels[look.channel] ?? runOf(image, look).channels[0];
+/** Size of a level-0 px as the run of a look was told it: runs of one image may differ. */
+export const spacingOf = (image, look) => runOf(image, look).grid.spacing;
+
+export const UNVERIFIED = "Encoder unverified: features alone, their slide was not there";
 
 const proper = (range) => Array.isArray(range) && range.length === 2 && range[0] < range[1];
 const aboutZero = ([lo, hi]) => {
@@ -39,7 +43,8 @@ export function decided(look, channel, seen, hatch = false) {
 export function legendOf(image, look, channel, { hatch, volume = false }) {
     const run = runOf(image, look);
     const { published, full } = windows(channel, look.window);
-    const { spacing, spacing_unit: unit } = image.source;
+    const spacing = spacingOf(image, look);
+    const unit = image.source.spacing_unit;
     const kind = volume ? "volume" : "slide";
     const lines = [`Target: ${channel.target_index === null ? `${channel.target} (the class predicted)` : channel.target}`];
     if (image.runs.length > 1) lines.push(`Run: ${run.label}`);
@@ -52,6 +57,7 @@ export function legendOf(image, look, channel, { hatch, volume = false }) {
         lines.push(look.pyramid === "peak"
             ? "Zoomed out: largest magnitude" : "Zoomed out: mean");
     }
+    if (channel.encoder_unverified) lines.push(UNVERIFIED);
     const cell = channel.native_cell_l0;
     if (channel.bag_method) lines.push("One value a tile, painted over it");
     else if (cell) lines.push(`CAM cell ${sides(cell.map((n, i) => n * spacing[i]), unit)}; finer is interpolated`);
@@ -61,8 +67,8 @@ export function legendOf(image, look, channel, { hatch, volume = false }) {
     }
     const failed = Boolean(run.counts?.failed);
     if (hatch) swatches.push({ hatch: "unevaluated", text: "not evaluated" });
-    else swatches.push({ text: `not evaluated${volume && failed ? ", or failed" : ""}: no colour` });
-    if (failed && !volume) swatches.push({ hatch: "failed", text: "failed: no value" });
+    else swatches.push({ text: "not evaluated: no colour" });
+    if (failed) swatches.push({ hatch: "failed", text: "failed: no value" });
     if (!run.complete && !volume) swatches.push({ hatch: "pending", text: "not computed yet" });
     const [lo, hi] = look.window;
     const ends = [full[0] < lo - 1e-6 * (hi - lo), full[1] > hi + 1e-6 * (hi - lo)]; // values beyond the window

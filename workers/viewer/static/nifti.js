@@ -3,17 +3,23 @@
 import { paint } from "./colours.js";
 
 const RGBA32 = 2304;
+const FAILED = 2;
+/** Stripes of what has no value since it failed, as on slides: dark on light (little-endian RGBA). */
+const STRIPES = [0xff191919, 0xffc4c4c4];
+const PERIOD = 6;
 
 export class VolumeHeat {
-    /** Read a float32 NIfTI; its affine places it, whatever its axes. */
-    static async load(url, name) {
-        const image = await window.niivue.NVImage.loadFromUrl({ url, name: `${name}.nii.gz`, colormap: "gray" });
+    /** Read a float32 NIfTI; its affine places it, whatever its axes. `coverageUrl`: of the codes, where something failed. */
+    static async load(url, name, coverageUrl = null) {
+        const read = (from, suffix) => window.niivue.NVImage.loadFromUrl({ url: from, name: `${name}${suffix}.nii.gz`, colormap: "gray" });
+        const [image, coverage] = await Promise.all([read(url, ""), coverageUrl && read(coverageUrl, "-coverage")]);
         if (!(image.img instanceof Float32Array)) throw new Error(`${name}: heat is not float32`);
-        return new VolumeHeat(image);
+        return new VolumeHeat(image, coverage?.img ?? null);
     }
 
-    constructor(image) {
+    constructor(image, codes) {
         this.image = image;
+        this.codes = codes;
         const { scl_slope: slope, scl_inter: inter, dims, affine } = image.hdr;
         this.values = image.img;
         if (slope && (slope !== 1 || inter)) this.values = this.values.map((value) => value * slope + inter);
@@ -28,7 +34,17 @@ export class VolumeHeat {
     /** Colour all voxels; `look` as for slides. */
     paint(look) {
         paint(this.values, this.pixels, look);
+        if (this.codes) this.#stripe();
         this.image.opacity = look.shown ? look.opacity : 0;
+    }
+
+    #stripe() {
+        const [w, h] = this.dims;
+        for (let i = 0; i < this.codes.length; i++) {
+            if (this.codes[i] !== FAILED) continue;
+            const sum = (i % w) + (Math.floor(i / w) % h) + Math.floor(i / (w * h));
+            this.pixels[i] = STRIPES[sum % PERIOD < PERIOD / 3 ? 0 : 1];
+        }
     }
 
     /** Stored voxel (i, j, k) that holds a point in mm, or null outside. */
@@ -39,8 +55,19 @@ export class VolumeHeat {
 
     /** Value at a point in mm; NaN where nobody looked. */
     at(mm) {
+        const index = this.#index(mm);
+        return index === null ? NaN : this.values[index];
+    }
+
+    /** Whether the tile over a point in mm failed. */
+    failedAt(mm) {
+        const index = this.#index(mm);
+        return index !== null && this.codes?.[index] === FAILED;
+    }
+
+    #index(mm) {
         const voxel = this.voxel(mm);
-        return voxel ? this.values[voxel[0] + this.dims[0] * (voxel[1] + this.dims[1] * voxel[2])] : NaN;
+        return voxel && voxel[0] + this.dims[0] * (voxel[1] + this.dims[1] * voxel[2]);
     }
 
     /** Centre in mm of the voxel of largest magnitude, or null where nothing was evaluated. */

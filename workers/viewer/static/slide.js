@@ -6,7 +6,7 @@ import { byId, download, el, say } from "./dom.js";
 import { COVERAGE_WORDS, EVALUATED, grouped, length, number } from "./format.js";
 import { Pyramid, Tiles } from "./heat.js";
 import { listen } from "./keys.js";
-import { channelOf, decided, legendOf, mapped, runOf } from "./looks.js";
+import { channelOf, decided, legendOf, mapped, runOf, spacingOf } from "./looks.js";
 import { MapPanel, row, section } from "./panel.js";
 import { picture } from "./screenshot.js";
 import { copyLink, newLook, readState, writeState } from "./state.js";
@@ -125,7 +125,7 @@ function refresh() {
         if (view.key !== key) {
             view.key = key;
             const kind = run.has_peak ? look.pyramid : "mean";
-            view.layer.setMap(new Pyramid({
+            view.setMap(new Pyramid({
                 grid: run.grid,
                 urlOf: (level, y, x) => address("heat", id, run.run, channel.index, kind, level, `${y}_${x}.bin`),
             }));
@@ -157,18 +157,18 @@ function pointed(view, point) {
         return;
     }
     const [y, x] = point;
-    const { spacing, spacing_unit: unit, shape_l0: shape } = image.source;
+    const { spacing_unit: unit, shape_l0: shape } = image.source;
     if (y < 0 || x < 0 || y >= shape[0] || x >= shape[1]) {
         out.textContent = "outside the slide";
         return;
     }
-    const um = [y, x].map((v, i) => grouped(v * spacing[i] * (unit === "mm" ? 1000 : 1)));
+    const um = [y, x].map((v, i) => grouped(v * view.spacing[i] * (unit === "mm" ? 1000 : 1)));
     const values = views.map((v, i) => {
         const found = v.layer.at(y, x);
         const name = views.length > 1 ? `${"AB"[i]}: ` : "";
         if (!found) return `${name}…`;
         if (found.code !== EVALUATED) return `${name}${COVERAGE_WORDS[found.code]}`;
-        const size = length(v.layer.pyramid.pixel(found.level)[1] * spacing[1], unit);
+        const size = length(v.layer.pyramid.pixel(found.level)[1] * v.spacing[1], unit);
         return `${name}${number(found.value, 4)} (${found.level ? `${looks[i].pyramid} over ${size}` : size})`;
     });
     out.textContent = `x ${grouped(Math.floor(x))}  y ${grouped(Math.floor(y))} px   ${um[1]}, ${um[0]} µm   ${values.join("   ")}`;
@@ -290,8 +290,9 @@ async function poll() {
 
 async function screenshot() {
     const place = views[0].view();
-    const { spacing, spacing_unit: unit } = image.source;
-    const position = `x ${grouped(place[1])}, y ${grouped(place[0])} px; ${length(place[2] * spacing[1], unit)} a px`;
+    const size = (look) => length(place[2] * spacingOf(image, look)[1], image.source.spacing_unit);
+    const sizes = [...new Set(looks.map(size))].join(" and ");
+    const position = `x ${grouped(place[1])}, y ${grouped(place[0])} px; ${sizes} a px`;
     const parts = views.map((view) => ({
         width: view.container.clientWidth, height: view.container.clientHeight, legend: view.legend, bar: view.bar,
         canvases: [

@@ -149,6 +149,12 @@ export class SlideView {
         this.setView([(y0 + y1) / 2, (x0 + x1) / 2, size], { immediately: false });
     }
 
+    /** Show another map, and measure by its run. */
+    setMap(pyramid) {
+        this.layer.setMap(pyramid);
+        this.#drawScale();
+    }
+
     setLegend(legend) {
         this.legend = legend;
         this.legendCanvas.hidden = !legend;
@@ -199,13 +205,19 @@ export class SlideView {
         }
     }
 
+    /** Size of a level-0 px `[y, x]`, as the run shown was told it. */
+    get spacing() {
+        return this.layer.pyramid?.spacing ?? this.image.source.spacing;
+    }
+
     /** Size of a screen px, in the slide's unit (columns). */
     pixelSize() {
         const [, , l0] = this.view();
-        return { size: l0 * this.image.source.spacing[1], unit: this.image.source.spacing_unit };
+        return { size: l0 * this.spacing[1], unit: this.image.source.spacing_unit };
     }
 
     #drawScale() {
+        if (!this.viewer.world.getItemCount()) return;
         const { size, unit } = this.pixelSize();
         const bar = scaleBar(size, unit, Math.min(180, this.container.clientWidth / 4));
         const text = `${length(size, unit)} a px, about ${number(10 / (unit === "mm" ? size * 1000 : size), 2)}×`;

@@ -3,10 +3,10 @@
 import { about } from "./about.js";
 import { address, computing, getJson, imageId } from "./api.js";
 import { byId, download, el, say, sharpCanvas } from "./dom.js";
-import { number } from "./format.js";
+import { number, sides } from "./format.js";
 import { LEGEND_WIDTH, drawLegend, legendText } from "./furniture.js";
 import { listen } from "./keys.js";
-import { channelOf, decided, legendOf, mapped, runOf } from "./looks.js";
+import { channelOf, decided, legendOf, mapped, runOf, spacingOf } from "./looks.js";
 import { VolumeHeat } from "./nifti.js";
 import { MapPanel, row, section } from "./panel.js";
 import { picture } from "./screenshot.js";
@@ -66,11 +66,12 @@ const mapKey = (of) => `${runOf(image, of).run}/${channelOf(image, of).index}`;
 // ---- what is drawn ----
 
 async function heatOf(of) {
-    const { run } = runOf(image, of);
+    const { run, counts } = runOf(image, of);
     const { index } = channelOf(image, of);
     const key = mapKey(of);
     if (!heats.has(key)) {
-        heats.set(key, VolumeHeat.load(address("volume", id, run, `${index}.nii.gz`), `${id}-${run}-${index}`));
+        const url = (suffix) => address("volume", id, run, `${index}${suffix}`);
+        heats.set(key, VolumeHeat.load(url(".nii.gz"), `${id}-${run}-${index}`, counts?.failed ? url(".coverage.nii.gz") : null));
         if (heats.size > KEEP) heats.delete(heats.keys().next().value);
     }
     try {
@@ -156,15 +157,17 @@ function goToMm(at) {
 
 function readout() {
     const at = mm();
-    const sides_ = at.map((value, axis) => `${number(Math.abs(value), 4)} ${(value < 0 ? "LPI" : "RAS")[axis]}`);
+    const places = at.map((value, axis) => `${number(Math.abs(value), 4)} ${(value < 0 ? "LPI" : "RAS")[axis]}`);
+    // the volume lies as its first run was told: another run may have been told other voxels
+    const told = String(spacingOf(image, look)) === String(image.source.spacing) ? "" : ` by voxels of ${sides(image.source.spacing, "mm")}`;
     const voxel = shownHeat?.heat.voxel(at);
     const value = shownHeat ? shownHeat.heat.at(at) : NaN;
     const source = nv.volumes[0];
-    const stored = voxel ? source.getValue(...voxel) : null;
+    const stored = voxel ? source.getValue(...source.mm2vox(at)) : null;
     byId("readout").textContent = [
-        `${sides_.join("  ")} mm`, voxel ? `voxel ${voxel.join(", ")}` : "outside the volume",
+        `${places.join("  ")} mm${told}`, voxel ? `voxel ${voxel.join(", ")}` : "outside the volume",
         stored === null ? "" : `source ${number(stored, 4)}`,
-        `heat ${Number.isNaN(value) ? "not evaluated" : number(value, 4)}`,
+        `heat ${!Number.isNaN(value) ? number(value, 4) : shownHeat?.heat.failedAt(at) ? "failed" : "not evaluated"}`,
     ].filter(Boolean).join("   ");
 }
 
