@@ -93,7 +93,11 @@ class Catalog:
         images: dict[str, Image] = {}
         for key, group in groups.items():
             first = group[0]
-            image_id = first.name if first.name not in images else f"{first.name}~{key[:8]}"
+            image_id = (
+                first.name
+                if first.name not in images
+                else f"{first.name}~{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+            )
             meta = next((run.meta for run in group if run.meta), None)
             heat = next((run.heatmap for run in group if run.heatmap), None)
             kind = meta.kind if meta else heat and {"um": "slide", "mm": "volume"}[heat.spacing_unit]
@@ -145,9 +149,9 @@ class Catalog:
 
 
 def image_folders(out: Path) -> list[Path]:
-    """Folders of images in an output folder, by name."""
+    """Folders of images in an output folder, by name; without those that may not be looked into."""
     try:
         entries = [Path(entry) for entry in os.scandir(out) if not entry.name.startswith(".")]
     except OSError:
         return []
-    return sorted(f for f in entries if any((f / name).exists() for name in (HEATMAP, TILES, REPORT)))
+    return sorted(f for f in entries if any(os.path.exists(f / name) for name in (HEATMAP, TILES, REPORT)))

@@ -15,12 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from workers.viewer.answers import refusal
 
 POLICY = (
-    "default-src 'none'; script-src 'self'{wasm}; style-src 'self'; img-src 'self' data: blob:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self' blob: data:; worker-src 'self' blob:; font-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-WASM = "/image/"
-"""Pages whose volume viewer compiles WebAssembly."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_REQUESTS = 512
 """In the works at once; those beyond are told to come again."""
@@ -59,7 +57,7 @@ class Guard:
 
         async def dressed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._dress(MutableHeaders(scope=message), path, shared)
+                self._dress(MutableHeaders(scope=message), shared)
             await send(message)
 
         if self._inside >= MOST_REQUESTS:
@@ -111,10 +109,8 @@ class Guard:
     def _is_token(self, given: str) -> bool:
         return secrets.compare_digest(given.encode(), self._token.encode())
 
-    def _dress(self, headers: MutableHeaders, path: str, shared: bool) -> None:
-        headers["Content-Security-Policy"] = POLICY.format(
-            wasm=" 'wasm-unsafe-eval'" if path.startswith(WASM) else ""
-        )
+    def _dress(self, headers: MutableHeaders, shared: bool) -> None:
+        headers["Content-Security-Policy"] = POLICY
         headers["X-Content-Type-Options"] = "nosniff"
         headers["Referrer-Policy"] = "no-referrer"
         headers["Cross-Origin-Resource-Policy"] = "cross-origin" if shared else "same-origin"

@@ -27,6 +27,7 @@ log = logging.getLogger("gigacam")
 
 HEATMAP, TILES, REPORT, METHODS = "heatmap.ome.zarr", "tiles.zarr", "report.json", "methods.json"
 FINISHED = ("complete", "gaps", "failed")
+OTHER_VERSION = f"{REPORT} is of another version of gigacam"
 Marks = tuple[tuple[int, int] | None, ...]
 
 
@@ -92,22 +93,19 @@ def read_run(index: int, folder: Path) -> Run:
     report = read_json(folder / REPORT, ImageReport)
     tiles, heat, faults = _stores(folder)
     provenance = report.provenance if report else {}
-    meta = tiles.image if tiles else None
+    meta, read = (tiles.image, tiles.spec.read) if tiles else _recorded(folder, provenance, faults)
     spec: dict[str, Any] = tiles.spec.model_dump(mode="json") if tiles else provenance.get("spec", {})
-    if meta is None and "image" in provenance:
-        meta = ImageMeta.model_validate(provenance["image"])
     hidden = meta is not None and folder.name == meta.image_id("hash")
     origin = None
     if meta is not None:
         name = folder.name if hidden else shown_name(meta.uri)
-        read = (tiles.spec.read if tiles else None) or _read_options(spec)
         origin = Origin(meta.uri, name, meta.identity, read)
     status, error = "computing", ""
     if report is not None:
         status = report.status
         error = without_folders(report, origin.name if origin else folder.name).error
-    elif (folder / REPORT).exists():
-        faults.append(f"{REPORT} is of another version of gigacam")
+    elif os.path.exists(folder / REPORT):
+        faults.append(OTHER_VERSION)
     if faults:
         status, error = "failed", "; ".join([*([error] if error else []), *faults])
     channels = heat.channels if heat else report.channels if report else ()
@@ -146,13 +144,13 @@ def _stores(folder: Path) -> tuple[TilesInfo | None, HeatmapInfo | None, list[st
     """What the two stores say of themselves, and what is wrong with those that say nothing."""
     tiles, heat, faults = None, None, []
     try:
-        if (folder / TILES).exists():
+        if os.path.exists(folder / TILES):
             tiles = TilesStore.open(folder / TILES).info
     except StoreError as error:
         log.warning("%s", error)
         faults.append(f"{TILES} cannot be read: it is damaged, or of another version of gigacam")
     try:
-        if (folder / HEATMAP).exists():
+        if os.path.exists(folder / HEATMAP):
             heat = HeatmapStore.open(folder / HEATMAP).info
     except StoreError as error:
         log.warning("%s", error)
@@ -160,8 +158,18 @@ def _stores(folder: Path) -> tuple[TilesInfo | None, HeatmapInfo | None, list[st
     return tiles, heat, faults
 
 
-def _read_options(spec: dict[str, Any]) -> ReadOptions:
-    return ReadOptions.model_validate(spec.get("read", {}))
+def _recorded(
+    folder: Path, provenance: dict[str, Any], faults: list[str]
+) -> tuple[ImageMeta | None, ReadOptions]:
+    """The image as a report has it, and how it was opened; what is wrong with them goes to `faults`."""
+    if "image" in provenance:
+        try:
+            read = ReadOptions.model_validate(provenance.get("spec", {}).get("read", {}))
+            return ImageMeta.model_validate(provenance["image"]), read
+        except ValidationError as error:
+            log.warning("%s: %d fields of its image differ", folder / REPORT, error.error_count())
+            faults.append(OTHER_VERSION)
+    return None, ReadOptions()
 
 
 def _cell(tiles: TilesInfo | None, method: str, bag: bool) -> tuple[float, ...] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -88,7 +90,7 @@ class Sources:
     @staticmethod
     def _holds(found: Found) -> bool:
         """Whether what was found last is still there."""
-        return not found.reason and (found.uri.startswith("procedural:") or Path(found.uri).exists())
+        return not found.reason and (found.uri.startswith("procedural:") or os.path.exists(found.uri))
 
     def _look(self, origin: Origin) -> Found:
         reasons = []
@@ -117,11 +119,10 @@ class Sources:
         if origin.uri.startswith("procedural:"):
             yield origin.uri
             return
-        path = Path(origin.uri)
-        if path.exists():
+        if os.path.exists(origin.uri):
             yield origin.uri
         for folder in self._folders:
-            for other in sorted(folder.rglob(path.name)):
+            for other in sorted(folder.rglob(glob.escape(Path(origin.uri).name))):
                 yield str(other)
 
     @contextmanager
