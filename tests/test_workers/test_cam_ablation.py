@@ -19,7 +19,7 @@ from workers.cam.head import linear_head
 from workers.cam.methods import method
 
 Array = NDArray[np.float64]
-ALL = ("ablationcam", "ablationcam+divisor=score", "ablationcam+divisor=none")
+ALL = ("ablationcam+divisor=magnitude", "ablationcam+divisor=score", "ablationcam")
 
 
 def slow_ablation(net: SplitNet, x: Tensor, c: int) -> dict[str, Array]:
@@ -127,7 +127,7 @@ def test_a_score_near_nothing_is_doubted() -> None:
         assert done.flags[name][2, 0] & MapFlag.DOUBTFUL
         assert not done.flags[name][[0, 1, 3], 0].any()
         assert not done.flags[name][:, 1:].any()
-    assert not done.flags["ablationcam+divisor=none"].any()
+    assert not done.flags["ablationcam"].any()
 
 
 def test_a_score_of_nothing_is_no_map() -> None:
@@ -146,7 +146,7 @@ def test_a_score_of_nothing_is_no_map() -> None:
     for name in ALL[:2]:
         assert done.maps[name].isnan().all()
         assert (done.flags[name] & MapFlag.NOT_FINITE).all()
-    assert done.maps["ablationcam+divisor=none"].isfinite().all()
+    assert done.maps["ablationcam"].isfinite().all()
 
 
 def test_edges() -> None:

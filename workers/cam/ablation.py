@@ -20,23 +20,26 @@ LEAST_SCORE = 0.01
 class AblationOptions(Options):
     """Options of Ablation-CAM."""
 
-    divisor: Literal["magnitude", "score", "none"] = "magnitude"
-    """What the drop is divided by: the score's magnitude; the score as it is, which turns the map over where it is negative
-    (the paper as printed, pytorch-grad-cam); or nothing, so that maps of tiles are comparable."""
+    divisor: Literal["none", "magnitude", "score"] = "none"
+    """What the drop is divided by: nothing, so that maps of tiles are comparable; the score's magnitude; or the score as it is,
+    which turns the map over where it is negative (the paper as printed, pytorch-grad-cam)."""
     chunk: int = Field(128, ge=1)
     """Ablated activations in one pass; changes rounding only."""
 
     def facts(self) -> dict[str, Any]:
         drop = "drop of the score with channel k set to 0"
-        editions = {"score": f"{drop}, over the signed score (as printed)", "none": f"{drop}, not divided"}
+        editions = {
+            "magnitude": f"{drop}, over the score's magnitude: each tile on a scale of its own",
+            "score": f"{drop}, over the signed score (as printed): each tile on a scale of its own",
+        }
         return {"edition": editions[self.divisor]} if self.divisor in editions else {}
 
 
 def ablationcam(view: View, options: Any) -> tuple[Tensor, Tensor]:
-    """Ablation-CAM (Desai & Ramaswamy, WACV 2020): weights `(y - y_k) / |y|`, `y_k` the score with channel k set to 0.
+    """Ablation-CAM (Desai & Ramaswamy, WACV 2020): weights `y - y_k`, `y_k` the score with channel k set to 0.
 
-    The paper divides by `y`, meaning scores above 0; of a negative score that would turn evidence for the target into evidence
-    against it, so its magnitude is taken. The division rescales each tile's map by itself: see `divisor`.
+    The paper divides by `y`, which rescales each tile's map by itself, without bound where a tile's score is near 0, and turns
+    evidence for the target into evidence against it where the score is negative: see `divisor`.
 
     Behind a proven linear head `y - y_k` is the sum of gradient times channel, exactly, without a pass. Behind any other
     tail it takes one pass of the tail a channel, for all targets at once; a channel that is 0 anyway takes none.
@@ -87,7 +90,7 @@ METHODS = (
     row(
         "ablationcam", "Ablation-CAM", ablationcam, "1",
         "Desai & Ramaswamy, Ablation-CAM, WACV 2020",
-        edition="drop of the score with channel k set to 0, over the score's magnitude", needs=("activations", "tail"),
+        edition="drop of the score with channel k set to 0, not divided by the score as the paper does", needs=("activations", "tail"),
         options=AblationOptions(),
     ),
 )  # fmt: skip
