@@ -75,7 +75,7 @@ def test_every_heatmap_value_is_its_own_place(
         kind="slide", channels=2, tile=(512, 512), mpp=mpp, scale=(0.0, 1.0),
     )  # fmt: skip
     report = explain(
-        GRID_SLIDE, card, tmp_path / "out", methods=("hirescam",), targets=("x", "y"), overlap=0.5, tissue="none",
+        GRID_SLIDE, card, tmp_path / "out", methods=("hirescam",), targets=("x", "y"), overlap=0.25, tissue="none",
         heatmap=HeatmapSpec(downsample=downsample),
     )  # fmt: skip
     assert report.images[0].provenance["lattice"]["level"] == level

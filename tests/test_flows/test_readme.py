@@ -2,8 +2,8 @@
 
 What stands for what: `slide.svs` is the real slide of tests/data, `slides/` and `slides.csv` hold two small TIFFs, the
 card's network is a DenseNet of a few layers with random weights and their digest. `--ray-address` gets the Ray of the
-test session, and Ray runs get one actor. The bags are twelve slides of one tile each, the head is trained for four epochs,
-and that part runs serially. `view` gets a free port, and is interrupted. The two `make` lines are not run: their targets must exist, and the lines by
+test session, and Ray runs get one actor. The bags are eight slides of one tile each, the head is trained for four epochs in
+two folds, and that part runs serially and draws no overviews. `view` gets a free port, and is interrupted. The two `make` lines are not run: their targets must exist, and the lines by
 hand must be what make would run.
 """
 
@@ -216,22 +216,23 @@ def test_many_slides_through_prefect_and_ray(
         assert re.findall(r"^complete +(\S+)", said.out, re.MULTILINE) == ["0.tiff", "1.tiff"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_slides_decision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_slides(tmp_path, 12, 224)
-    rows = [f"slides/{i}.tiff,{'ab'[i % 2]},p{i}" for i in range(12)]
+    write_slides(tmp_path, 8, 224)
+    rows = [f"slides/{i}.tiff,{'ab'[i % 2]},p{i}" for i in range(8)]
     (tmp_path / "cases.csv").write_text("\n".join(["image,label,patient", *rows]))
     card = write_model(tmp_path)
     network = card.network.model_copy(update={"embedding": "mean", "embedding_layer": card.cam.layer})
     encoder = {"network": network, "output": OutputSpec(kind="embedding")}
     write_card(tmp_path / "encoder.toml", card.model_copy(update=encoder))
     for words in PARTS["bags"]:
-        more = ["--epochs", "4"] if words[1] == "train" else ["--pool", "serial", "--threads", "1"]
+        more = ["--epochs", "4", "--folds", "2"] if words[1] == "train" else ["--pool", "serial", "--threads", "1"]
         assert run([*words, *more]) == 0, capsys.readouterr().err
     report = RunReport.model_validate_json((tmp_path / "decisions" / "run.json").read_text())
-    assert len(report.images) == 12
+    assert len(report.images) == 8
     for image in report.images:
         assert image.bag is not None
         assert [c.method for c in image.channels] == ["contribution", "hirescam"]
