@@ -229,7 +229,11 @@ def test_a_slides_decision(
     encoder = {"network": network, "output": OutputSpec(kind="embedding")}
     write_card(tmp_path / "encoder.toml", card.model_copy(update=encoder))
     for words in PARTS["bags"]:
-        more = ["--epochs", "4", "--folds", "2"] if words[1] == "train" else ["--pool", "serial", "--threads", "1"]
+        more = (
+            ["--epochs", "4", "--folds", "2"]
+            if words[1] == "train"
+            else ["--pool", "serial", "--threads", "1"]
+        )
         assert run([*words, *more]) == 0, capsys.readouterr().err
     report = RunReport.model_validate_json((tmp_path / "decisions" / "run.json").read_text())
     assert len(report.images) == 8
