@@ -48,7 +48,7 @@ def vit() -> nn.Module:
         3, (224, 224), (16, 16), hidden_size=768, mlp_dim=3072, num_layers=12, num_heads=12, proj_type="conv",
         classification=True, num_classes=2, spatial_dims=2,
     )  # fmt: skip
-    net.classification_head = nn.Identity()
+    net.classification_head = nn.Sequential()  # does nothing
     return First(net)
 
 

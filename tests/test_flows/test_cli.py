@@ -411,7 +411,9 @@ def test_an_interrupt_ends_with_130_and_says_how_to_resume(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(flows.batch.explain_batch.__kwdefaults__, place, interrupted)
+    defaults = flows.batch.explain_batch.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, place, interrupted)
     done = explain(SLIDE)
     assert done.code == 130
     assert done.err.splitlines()[-1].startswith("interrupted: run the same command again to resume")
