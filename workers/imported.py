@@ -18,16 +18,17 @@ from schemas.run import TilesInfo
 from workers.explainer import ExplainInit, TileComputer
 from workers.readers.features import (
     ENCODER,
+    STORE,
     SUFFIXES,
     TILE,
     ImportedFeatures,
+    feature_places,
     level0_size,
     read_features,
 )
 from workers.store.bags import Bag
 from workers.store.tiles import TilesStore
 
-STORE = "tiles.zarr"
 UNVERIFIED = "encoder unverified: features alone, without their slide"
 TRIED = 8
 """Tiles that are embedded again, to see that the features are this encoder's."""
@@ -65,8 +66,7 @@ def features_path(asked: str, uri: str) -> Path:
     if (path / STORE).is_dir():
         return path / STORE
     stem = stem_of(Path(uri.partition("?")[0]).name)
-    found = [p for suffix in SUFFIXES if (p := path / f"{stem}{suffix}").exists()]
-    found += sorted(path.glob(f"{stem}-{'[0-9a-f]' * 8}/{STORE}"))
+    found = feature_places(path, stem)
     if len(found) != 1:
         wanted = " or ".join([*(stem + s for s in SUFFIXES), f"{stem}-*/{STORE}"])
         msg = f"{uri}: {len(found)} places of its features in {path}; expected one, {wanted}"

@@ -21,7 +21,7 @@ from schemas.run import TilesInfo
 from schemas.training import Figure, TrainReport, TrainRequest
 from workers.metrics.classification import Estimate
 from workers.models.card import LoadedCard, load_card, resolved
-from workers.readers.features import ENCODER, SUFFIXES, TILE, read_features
+from workers.readers.features import ENCODER, STORE, TILE, feature_places, read_features
 from workers.store.bags import Bag
 from workers.store.folders import move_aside
 from workers.store.tiles import TilesStore, differing_fields
@@ -32,7 +32,6 @@ REPORT, CHECKPOINTS = "train.json", ".gigacam-fits"
 NOTES = 20
 """Slides with tiles that have no features, named one by one in the report."""
 SIZE_TOLERANCE = 0.01
-_STORE = "tiles.zarr"
 _BEGUN, _FRESH = "begun", "fresh"
 """File beside the checkpoints that says whose they are: the identity, and whether `fresh` began them."""
 
@@ -60,16 +59,12 @@ class FeatureSource:
         """Where a case's features are, a file or a `tiles.zarr`; SourceError where nowhere."""
         if case.features:
             given = Path(case.features)
-            return given / _STORE if (given / _STORE).exists() else given
+            return given / STORE if (given / STORE).exists() else given
         stem = stem_of(Path(case.image.partition("?")[0]).name)
-        found = []
-        if self._folder is not None:
-            found = [p for s in SUFFIXES if (p := self._folder / f"{stem}{s}").exists()]
-            # eight hex digits and no more: `slide-*` would be `slide-2` too
-            found += sorted(self._folder.glob(f"{stem}-{'[0-9a-f]' * 8}/{_STORE}"))
+        found = feature_places(self._folder, stem) if self._folder is not None else []
         if len(found) != 1:
             where = (
-                f"{stem}.h5, {stem}.npy or {stem}-<8 hex>/{_STORE} in {self._folder}"
+                f"{stem}.h5, {stem}.npy or {stem}-<8 hex>/{STORE} in {self._folder}"
                 if self._folder
                 else "none"
             )

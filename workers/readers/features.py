@@ -16,6 +16,8 @@ from schemas.image import ImageMeta, LevelMeta, ReadOptions, stem_of
 from workers.readers.identity import file_identity
 
 SUFFIXES = (".h5", ".hdf5", ".npy")
+STORE = "tiles.zarr"
+"""In the output folder of an embedded image: its features are in it."""
 ENCODER = "encoder_sha256"
 """Attribute of a file of ours: digest of the encoder's weights."""
 TILE = "tile_level0"
@@ -32,6 +34,13 @@ class ImportedFeatures:
     """`(N, 2)` level-0 px, y before x, of each tile's upper left corner; None where the file does not say."""
     attributes: dict[str, Any]
     """What the file says of the tiles: `patch_size`, `patch_level`, `patch_size_level0`, ..."""
+
+
+def feature_places(folder: Path, stem: str) -> list[Path]:
+    """Files and stores in `folder` that hold the features of the image of that stem; more than one is for the caller to refuse."""
+    files = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").exists()]
+    # Eight hex digits and no more: `slide-*` would be `slide-2` too.
+    return files + sorted(folder.glob(f"{stem}-{'[0-9a-f]' * 8}/{STORE}"))
 
 
 def read_features(path: str | Path) -> ImportedFeatures:

@@ -12,21 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from schemas.errors import SourceError
 from schemas.image import ImageMeta, LevelMeta, ReadOptions
 from workers.readers import open_image
 from workers.readers.arrays import ArrayReader
-from workers.readers.overview import read_overview
+from workers.readers.overview import read_overview, value_window
 from workers.readers.reader import Reader
 
 IDLE_READERS = 6
 """Handles kept open for the next tile; those in use are bounded by the threads."""
 RETRY_S = 10.0
 """After how long a source that was missing is looked for again."""
-WINDOW_PX = 250_000
-"""Pixels from which the grey window of a slide that is not 8-bit colour is taken."""
 OVERVIEWS = 4
 
 
@@ -194,13 +190,7 @@ class Sources:
 def describe(reader: Reader, uri: str) -> Found:
     """What pages say of an open source."""
     meta = reader.meta
-    window = None
-    if meta.kind == "slide" and meta.dtype != "uint8":
-        pixels, _, _ = read_overview(reader, max_px=WINDOW_PX)
-        shown = pixels[:3] if len(pixels) >= 3 else pixels[:1]
-        finite = shown[np.isfinite(shown)]
-        low, high = (float(v) for v in np.percentile(finite, [0.5, 99.5])) if finite.size else (0.0, 1.0)
-        window = (low, high if high > low else low + 1.0)
+    window = value_window(reader) if meta.kind == "slide" else None
     objective, associated = "", tuple[str, ...]()
     if meta.format.startswith("openslide:"):
         from workers.readers.slide import SlideReader
