@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -179,6 +180,8 @@ def main() -> None:
         chained(name, args.rounds)
     folder = Path(args.keep or tempfile.mkdtemp(prefix="gigacam-bench-"))
     slide(folder, args.size, args.overlap, args.slide_rounds)
+    if not args.keep:
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

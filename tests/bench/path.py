@@ -7,12 +7,14 @@ whose speed drifts drifts for all; ratios are given round by round. Nothing here
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
 import multiprocessing as mp
 import os
 import platform
+import queue
 import resource
 import shutil
 import statistics
@@ -205,8 +207,16 @@ def scaling(folder: Path, slide: str, model: str, boxes: str, overlap: float, ro
     out = tempfile.mkdtemp(prefix="out-", dir=folder)
     driver = context.Process(target=actors, args=(gate, answer, slide, model, out, overlap))
     driver.start()
+
+    def told() -> Any:
+        while driver.is_alive():
+            with contextlib.suppress(queue.Empty):
+                return answer.get(timeout=5)
+        msg = f"the process of the actors ended with {driver.exitcode}"
+        raise RuntimeError(msg)
+
     for _ in range(2):
-        answer.get()
+        told()
     found = []
     stages: dict[int, dict[str, float]] = {}
     for _ in range(rounds):
@@ -215,7 +225,7 @@ def scaling(folder: Path, slide: str, model: str, boxes: str, overlap: float, ro
             calls = [(bare, (slide, model, boxes, 1, part, count)) for part in range(count)]
             seconds[f"bare {count}"] = max(r["seconds"] for r in together(calls))
             gate.put(count)
-            seconds[f"actors {count}"], stages[count] = answer.get()
+            seconds[f"actors {count}"], stages[count] = told()
         found.append(seconds)
         print("  " + "  ".join(f"{name} {s:.1f} s" for name, s in seconds.items()), flush=True)
     gate.put(0)

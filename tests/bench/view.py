@@ -179,16 +179,22 @@ def first_paint(port: int, image_id: str) -> tuple[int, float]:
     return len(paths), time.perf_counter() - began
 
 
-def steady(port: int, paths: list[str], clients: int, rate: float, seconds: float) -> list[float]:
-    """Latencies of clients that ask `rate` times a second each, whatever the answers take."""
+def steady(
+    port: int, paths: list[str], clients: int, rate: float, seconds: float, *, once: bool = False
+) -> list[float]:
+    """Latencies of clients that ask `rate` times a second each, counted from when a request was due; `once`: no path twice."""
     taken: list[float] = []
 
     def ask(which: int) -> None:
         client, mine = Client(port), []
         began = time.perf_counter() + which / clients / rate
-        for i in range(int(rate * seconds)):
-            time.sleep(max(0.0, began + i / rate - time.perf_counter()))
-            mine.append(client.get(paths[(which * 37 + i) % len(paths)])[0])
+        own = paths[which::clients]
+        count = int(rate * seconds)
+        for i in range(min(count, len(own)) if once else count):
+            due = began + i / rate
+            time.sleep(max(0.0, due - time.perf_counter()))
+            client.get(own[i % len(own)])
+            mine.append(time.perf_counter() - due)
         taken.extend(mine)
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(clients)]
@@ -286,8 +292,8 @@ def main() -> None:
                     flush=True,
                 )
             places = [(level, 900 * i, 1300 * i) for level in (13, 14, 15, 16, 17) for i in (0, 1, 2)]
-            paths = [path for place in places for path in viewport(image_id, *place, levels)]
-            cold = steady(port, paths, 8, 4, asked.seconds)
+            paths = list(dict.fromkeys(p for place in places for p in viewport(image_id, *place, levels)))
+            cold = steady(port, paths, 8, 4, asked.seconds, once=True)
             told("8 clients at 4 requests/s, places not seen before", cold)
             client = Client(port)
             for path in paths:

@@ -131,7 +131,7 @@ def test_colours_are_exact_and_cost_no_request(slide: Visit) -> None:
     page.locator("#hatch").uncheck()
 
     at(*zero)
-    slide.requests.clear()
+    before = len(slide.requests)
     set_opacity(0.5)
     slide.settle()
     half = at(*zero)
@@ -149,7 +149,7 @@ def test_colours_are_exact_and_cost_no_request(slide: Visit) -> None:
     slide.settle()
     np.testing.assert_array_equal(at(*zero), ground[zero])
     page.wait_for_timeout(300)
-    assert slide.requests == []
+    assert slide.requests[before:] == []
 
 
 def test_signed_maps_are_symmetrical_about_zero(slide: Visit) -> None:

@@ -86,7 +86,7 @@ def test_colours_of_a_volume_are_those_of_a_slide_and_cost_no_request(
     opaque = visit.pixels(**spot)
     np.testing.assert_allclose(opaque, np.broadcast_to((68, 1, 84), opaque.shape), atol=2)
     page.wait_for_timeout(300)
-    visit.requests.clear()
+    before = len(visit.requests)
     opacity = page.locator("input[title^=Opacity]")
     opacity.fill("0")
     ground = visit.pixels(**spot)
@@ -97,7 +97,7 @@ def test_colours_of_a_volume_are_those_of_a_slide_and_cost_no_request(
     np.testing.assert_allclose(visit.pixels(**spot), np.broadcast_to((0, 34, 78), opaque.shape), atol=2)
     page.locator("input[aria-label=Threshold][type=number]").fill("0.5")
     np.testing.assert_array_equal(visit.pixels(**spot), ground)
-    assert visit.requests == []
+    assert visit.requests[before:] == []
 
 
 def test_another_run_of_a_volume_says_by_which_voxels_it_is_placed(visit: Visit, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,14 @@ from schemas.geometry import Box
 from schemas.run import PoolSettings, Report
 from workers.pool import Pool, Stage, Task
 from workers.readers.procedural import ProceduralReader
+
+
+@pytest.fixture(autouse=True)
+def sigterm() -> Iterator[None]:
+    """Commands run in the process of the tests make SIGTERM an interrupt; afterwards it is what it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -84,6 +85,19 @@ def test_a_target_that_is_missed_is_said(chained: float, tiles: float, said: str
 def test_the_whole_reaches_what_is_expected(tmp_path: Path) -> None:
     report = demo.run_mil_demo(tmp_path, (), SERIAL, 0, direct=True)
     assert report.exit_code == 0
+    found = json.loads((tmp_path / "mil.json").read_text())
+    # Through the attention the second slide misses; it is said, and shown for the comparison alone.
+    held = [name for name, (_, inside) in demo.RUNS.items() if inside.attention == "constant"]
+    assert held == ["abmil", "mhim"]
+    for name in held:
+        slides = [one["pixels"] for stem, one in found[name].items() if stem != "slides"]
+        assert len(slides) == 2
+        for pixels in slides:
+            chained = pixels[f"{demo.CHAINED}:{demo.TARGET}"][FOR]
+            painted = [s[FOR] for label, s in pixels.items() if label.partition(":")[0] in BAG_METHODS]
+            assert chained >= demo.EXPECTED
+            assert len(painted) > 5
+            assert chained > max(painted)
 
 
 def test_slides_are_made_learned_from_explained_and_measured(

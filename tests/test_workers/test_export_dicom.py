@@ -117,6 +117,7 @@ def test_a_slides_map_matches_its_source_px_by_px(
     np.testing.assert_allclose(to_mm(map_, found), to_mm(source, planted_l0), atol=1e-9)
 
     assert overview.SOPClassUID.name == "Secondary Capture Image Storage"
+    assert overview.pixel_array.std() > 1, "nothing is drawn"
     assert overview.pixel_array.shape == (overview.Rows, overview.Columns, 3)
     assert overview.StudyInstanceUID == source.StudyInstanceUID
     assert "For research use only" in overview.ImageComments

@@ -414,6 +414,24 @@ def test_names_are_hidden_where_ids_are_hashes() -> None:
         assert "Doe" not in kept.model_dump_json()
         bare = report.model_copy(update={"provenance": {}})
         assert "Doe" not in without_folders(bare, "0123abcd").model_dump_json()
+    for stem in ("slide", "2", "gaps"):  # what has such a word in it and is no name of a file stays
+        facts = {
+            "image": {"uri": f"/ward/{stem}.svs", "stem": stem, "kind": "slide"},
+            "versions": {"torch": "2.13.0"}, "spec": {"cam": {"layer": "layer4.2"}},
+        }  # fmt: skip
+        report = shown.model_copy(
+            update={
+                "image": f"/ward/{stem}.svs",
+                "error": "",
+                "notes": (f"{stem}.svs is dark",),
+                "provenance": facts,
+            }
+        )
+        kept = without_folders(report, "0123abcd")
+        assert (kept.status, kept.notes) == ("gaps", ("0123abcd is dark",))
+        assert kept.provenance["image"] == {"uri": "0123abcd", "stem": "0123abcd", "kind": "slide"}
+        assert kept.provenance["versions"] == facts["versions"]
+        assert kept.provenance["spec"] == facts["spec"]
     relative = ImageReport(
         image="ward/a.svs", status="failed", error="ward/a.svs: 1/2 tiles, a.svs, forward/back"
     )

@@ -28,6 +28,7 @@ def test_the_colour_tables_are_those_of_the_figures() -> None:
 def test_pages_name_only_what_is_there_and_nothing_elsewhere() -> None:
     pages = [*STATIC.glob("*.html"), *STATIC.glob("*.js"), *STATIC.glob("*.css")]
     assert len(pages) > 10
+    named: set[str] = set()
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"https?://", text), page
@@ -36,3 +37,5 @@ def test_pages_name_only_what_is_there_and_nothing_elsewhere() -> None:
         )
         for name in re.findall(r'from "\./([\w.]+)"|(?:src|href)="(?:\.\./)?static/([^"]+)"', text):
             assert (STATIC / "".join(name)).is_file(), f"{page}: {name}"
+            named.add("".join(name))
+    assert {page.name for page in pages if page.suffix != ".html"} <= named, "no page loads the others"

@@ -44,6 +44,9 @@ def outs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     lost = ImageReport(
         image="/secret/Jane Doe/b.svs", status="failed", error="/secret/Jane Doe/b.svs: no such file"
     )
+    report = ImageReport.model_validate_json((slide / "report.json").read_bytes())
+    told = {"output": str(slide), "notes": (*report.notes, "see /secret/ward/x.log")}
+    (slide / "report.json").write_text(report.model_copy(update=told).model_dump_json())
     write_batch(first, lost)
     (first / "private.txt").write_text("secret")
     (slide / "heatmap.ome.zarr" / "link.json").symlink_to(first / "private.txt")
@@ -88,6 +91,7 @@ def test_the_gallery_merges_folders_and_tells_how_runs_ended(server: Served, sli
     assert lost["runs"][0]["error"] == "b.svs: no such file"
     again = server.get("/api/images", If_None_Match=found.headers["etag"])
     assert (again.status, again.body) == (304, b"")
+    assert again.headers["cache-control"] == found.headers["cache-control"]
 
 
 def test_a_page_is_told_all_it_draws(server: Served, slide: str, volume: str) -> None:
@@ -111,8 +115,9 @@ def test_a_page_is_told_all_it_draws(server: Served, slide: str, volume: str) ->
 
 def test_nothing_says_where_sources_lie(server: Served, slide: str, outs: tuple[Path, Path]) -> None:
     for path in ("/api/images", f"/api/images/{slide}", "/raw/0/run.json", f"/raw/0/{slide}/report.json"):
-        body = server.get(path).body
-        assert body
+        answer = server.get(path)
+        assert answer.status == 200
+        body = answer.body
         assert b"secret" not in body
         assert str(outs[0].parent).encode() not in body
 

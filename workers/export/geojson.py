@@ -98,7 +98,7 @@ def threshold(context: ExportContext, channel: int) -> Cut:
             msg = f"--threshold {asked:g}: {row.label} is signed, its threshold is a magnitude; expected a number above 0"
             raise SpecError(msg)
         return Cut(asked, "given")
-    low, high = display_window(context.heatmap, channel, len(context.info.grid.levels) - 1)
+    low, high = display_window(context.heatmap, channel, 0)
     if row.signed:
         return Cut(high / 2, "half the display window's end, which is the 99.5 % quantile of |value|")
     return Cut((low + high) / 2, "middle of the display window, whose end is the 99.5 % quantile")
@@ -190,9 +190,10 @@ def _detections(context: ExportContext, summaries: list[dict[str, Any]]) -> Iter
     strengths = []
     for part in tile_rows(context):
         strengths.append(_strength(context, part.measures, len(part.rows)))
-        strengths[-1][part.status != TileStatus.DONE] = np.nan
+        strengths[-1] = np.nan_to_num(strengths[-1], nan=-1)
+        strengths[-1][part.status != TileStatus.DONE] = -np.inf
         found += int((part.status == TileStatus.DONE).sum())
-    strength = np.nan_to_num(np.concatenate(strengths), nan=-1)
+    strength = np.concatenate(strengths)
     chosen = set(np.argsort(-strength, kind="stable")[: min(most, found)].tolist())
     summaries.append(
         {"what": "tiles", "found": found, "kept": len(chosen), "rule": "largest magnitude in any channel"}

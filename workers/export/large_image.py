@@ -67,7 +67,7 @@ def _element(context: ExportContext, channel: int, level: int, sign: int) -> dic
     values = np.asarray(context.heatmap.image(level)[channel]) * np.float32(sign)
     shown = np.isfinite(values) & ((values >= 0) if row.signed else True)
     dy, dx = (d * 2**level for d in info.grid.downsample)
-    low, high = display_window(context.heatmap, channel, len(info.grid.levels) - 1)
+    low, high = display_window(context.heatmap, channel, 0)
     shift = 0.0 if row.signed else min(low, 0.0)
     stops = np.linspace(0 if row.signed else low, high, _STOPS)
     label = row.label if sign > 0 else f"against {row.label}"

@@ -29,7 +29,7 @@ def write(context: ExportContext, path: Path) -> None:
     for c in context.channels:
         row = info.channels[c]
         names.append(quoted(f"{row.label} [{UNITS[row.unit]}]"))
-        low, high = display_window(context.heatmap, c, len(info.grid.levels) - 1)
+        low, high = display_window(context.heatmap, c, 0)
         windows.append(f"[{low!r}d, {high!r}d]")
         signs.append(str(row.signed).lower())
     height, width = info.grid.shape_l0

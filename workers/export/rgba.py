@@ -39,7 +39,7 @@ def write(context: ExportContext, path: Path) -> None:
 
 def _write_channel(context: ExportContext, channel: int, path: Path) -> None:
     store, info = context.heatmap, context.info
-    window = display_window(store, channel, len(info.grid.levels) - 1)
+    window = display_window(store, channel, 0)
     with tifffile.TiffWriter(path, bigtiff=True) as tif:
         for level, (height, width) in enumerate(info.grid.levels):
             size_y, size_x = (

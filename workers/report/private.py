@@ -15,6 +15,15 @@ _FOLDERS = re.compile(r"(?<![\w./:\\-])(?:file://)?(?:~|[A-Za-z]:)?[/\\](?:[^/\\
 """The folders of an absolute path inside a sentence."""
 
 
+_NO_NAMES = (
+    ("status",), ("prediction",), ("channels",), ("evidence",), ("bag", "classes"), ("bag", "predicted"),
+    ("provenance", "versions"), ("provenance", "cells"), ("provenance", "heatmap"), ("provenance", "spec", "card"),
+    ("provenance", "spec", "cam"), ("provenance", "image", "kind"), ("provenance", "image", "format"),
+    ("provenance", "image", "dtype"),
+)  # fmt: skip
+"""What a report has of the model and of the program: no file is named there, and a file called `slide` or `2` must not change it."""
+
+
 Clean = Callable[[str], str]
 
 
@@ -51,7 +60,14 @@ def cleaned(value: Any, clean: Clean) -> Any:
 
 def without_folders(report: ImageReport, name: str) -> ImageReport:
     """The report with every path cut to its last part, and the image itself called `name`."""
-    document = cleaned(report.model_dump(mode="json"), cleaner(report, name))
+    recorded = report.model_dump(mode="json")
+    document = cleaned(recorded, cleaner(report, name))
+    for *way, last in _NO_NAMES:
+        whole, shown = recorded, document
+        for key in way:
+            whole, shown = whole.get(key) or {}, shown.get(key) or {}
+        if last in whole:
+            shown[last] = whole[last]
     return ImageReport.model_validate(document | {"image": name})
 
 

@@ -19,7 +19,6 @@ POLICY = (
     "connect-src 'self' blob: data:; worker-src 'self' blob:; font-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_REQUESTS = 512
 """In the works at once; those beyond are told to come again."""
 

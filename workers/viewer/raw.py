@@ -9,7 +9,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-HEATMAP = "heatmap.ome.zarr"
+from workers.viewer.answers import CHECK
+from workers.viewer.runs import HEATMAP
+
 FILES = ("heatmap.nii.gz",)
 DOTTED = (".zattrs", ".zgroup", ".zarray", ".zmetadata")
 MOST_RANGES = 1000
@@ -54,12 +56,10 @@ def file_response(root: Path, path: str, request: Request) -> Response:
             416, "that Range header is too long", {"Content-Range": f"bytes */{found.st_size}"}
         )
     kind = "application/json" if file.suffix == ".json" else "application/octet-stream"
-    response = FileResponse(
-        file, stat_result=found, media_type=kind, headers={"Cache-Control": "private, no-cache"}
-    )
+    response = FileResponse(file, stat_result=found, media_type=kind, headers={"Cache-Control": CHECK})
     if (
         response.headers["etag"] in request.headers.get("if-none-match", "")
         and "range" not in request.headers
     ):
-        return Response(status_code=304, headers={"ETag": response.headers["etag"]})
+        return Response(status_code=304, headers={"ETag": response.headers["etag"], "Cache-Control": CHECK})
     return response

@@ -65,7 +65,7 @@ export function legendOf(image, look, channel, { hatch, volume = false }) {
     if (look.threshold !== null) {
         swatches.push({ text: `${channel.signed ? "|value|" : "value"} below ${number(look.threshold)}: not coloured` });
     }
-    const failed = Boolean(run.counts?.failed);
+    const failed = Boolean(run.progress?.failed);
     if (hatch) swatches.push({ hatch: "unevaluated", text: "not evaluated" });
     else swatches.push({ text: "not evaluated: no colour" });
     if (failed) swatches.push({ hatch: "failed", text: "failed: no value" });

@@ -1,9 +1,9 @@
 // Heat of a volume: NIfTI through NiiVue, coloured here, so that volumes and slides are coloured by the same rules.
 
 import { paint } from "./colours.js";
+import { FAILED } from "./format.js";
 
 const RGBA32 = 2304;
-const FAILED = 2;
 /** Stripes of what has no value since it failed, as on slides: dark on light (little-endian RGBA). */
 const STRIPES = [0xff191919, 0xffc4c4c4];
 const PERIOD = 6;

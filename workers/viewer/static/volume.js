@@ -66,12 +66,12 @@ const mapKey = (of) => `${runOf(image, of).run}/${channelOf(image, of).index}`;
 // ---- what is drawn ----
 
 async function heatOf(of) {
-    const { run, counts } = runOf(image, of);
+    const { run, progress } = runOf(image, of);
     const { index } = channelOf(image, of);
     const key = mapKey(of);
     if (!heats.has(key)) {
         const url = (suffix) => address("volume", id, run, `${index}${suffix}`);
-        heats.set(key, VolumeHeat.load(url(".nii.gz"), `${id}-${run}-${index}`, counts?.failed ? url(".coverage.nii.gz") : null));
+        heats.set(key, VolumeHeat.load(url(".nii.gz"), `${id}-${run}-${index}`, progress?.failed ? url(".coverage.nii.gz") : null));
         if (heats.size > KEEP) heats.delete(heats.keys().next().value);
     }
     try {
@@ -229,7 +229,8 @@ function toggleSide() {
 
 let regionsKey;
 async function loadRegions() {
-    const key = mapKey(look);
+    const shown = runOf(image, look);
+    const key = `${mapKey(look)}/${shown.progress?.blocks_done ?? ""}/${shown.complete}`;
     if (key === regionsKey) return;
     regionsKey = key;
     const url = `${address("api", "images", id, runOf(image, look).run, "top")}?channel=${channelOf(image, look).index}&k=10`;
